@@ -82,8 +82,8 @@ def test_a_missing_compiler_is_reported_in_one_line(folder: Path, monkeypatch: p
     outcome = build.build(folder)
     assert outcome.levels == ()
     assert outcome.line == (
-        "monoblock is installed without its native kernels: CXX is '/nowhere/c++', which is no program; "
-        "PyTorch does the work."
+        "monoblock is installed without its native kernels: CXX='/nowhere/c++' was not found; "
+        "PyTorch's kernels are used instead."
     )
     assert libraries(folder) == set()
     monkeypatch.delenv("CXX")
@@ -117,14 +117,14 @@ def test_a_level_that_fails_to_build_is_named(folder: Path) -> None:
 def test_monoblock_native_selects_the_level() -> None:
     assert native.choose("0") == (None, None, "off: MONOBLOCK_NATIVE is 0")
     _, level, status = native.choose("fast")
-    assert level is None and "'fast', which is none of 0, base, avx2" in status
+    assert level is None and "'fast', not one of 0, base, avx2" in status
 
 
 def test_missing_libraries_are_reported(folder: Path) -> None:
     assert folder.exists()
     found = native.choose("")
     assert found[:2] == (None, None)
-    assert found[2].startswith("none: not built; python -m monoblock.native.build")
+    assert found[2].startswith("none: not built; build it by python -m monoblock.native.build")
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_a_library_with_other_structures_is_not_used(
     monkeypatch.setattr(abi, "STRUCTURES", (type("Pair", (ctypes.Structure,), {"_fields_": fields}),))
     library, level, status = native.choose("base")
     assert (library, level) == (None, None)
-    assert status == f"none: {difference}; they are of different versions: install monoblock again"
+    assert status == f"none: {difference}; the versions differ: reinstall monoblock"
 
 
 @needs_compiler
@@ -222,8 +222,8 @@ def test_a_build_without_openmp_is_reported_and_used_for_one_thread(
     assert level == "base"
     if openmp and status != "base":
         pytest.skip("this compiler has no OpenMP")
-    assert openmp or status == "base; built without OpenMP, so it has one thread"
-    assert openmp != outcome.line.endswith("; without OpenMP, so they have one thread")
+    assert openmp or status == "base; built without OpenMP: single-threaded"
+    assert openmp != outcome.line.endswith("; without OpenMP: single-threaded")
     monkeypatch.setattr(native, "_opened", lambda: found)
     assert native.library() is native.preferred(1) is library
     assert native.preferred(2) is (library if openmp else None)

@@ -191,7 +191,7 @@ def test_incompatible_caches_raise() -> None:
     for layer in range(3):
         cut.update(keys, keys, layer)
     with pytest.raises(
-        ValueError, match="has kept 4 of 12 tokens in layer 0, where a token of this model sees 9"
+        ValueError, match="has kept 4 of 12 tokens in layer 0, where a token of this model attends to 9"
     ):
         ours(ids, past_key_values=cut)
     few = transformers.DynamicCache([(keys, keys)])

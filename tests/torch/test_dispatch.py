@@ -105,8 +105,8 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], Any], str, bool]] = {
     "pre-forward": (lambda m: m.register_forward_pre_hook(no_op), "a forward hook", False),
     "backward": (lambda m: m.register_full_backward_hook(no_op), "a backward hook", True),
     "pre-backward": (lambda m: m.register_full_backward_pre_hook(no_op), "a backward hook", True),
-    "replaced": (lambda m: setattr(m, "forward", no_op), "a forward method of its own", False),
-    "compiled": (lambda m: m.compile(backend="eager"), "a compilation of its own", True),
+    "replaced": (lambda m: setattr(m, "forward", no_op), "an overridden forward method", False),
+    "compiled": (lambda m: m.compile(backend="eager"), "a compiled forward", True),
 }
 
 

@@ -461,7 +461,7 @@ def embedding_normed(module: Any) -> None:
 
 OBSTACLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a hook": (hooked, "a forward hook on transformer.blocks.1.ffn"),
-    "a forward": (replaced, "a forward method of its own on transformer.blocks.0.ffn"),
+    "a forward": (replaced, "an overridden forward method on transformer.blocks.0.ffn"),
     "another layer": (adapted, "Adapter in transformer.blocks.0.attn.out_proj"),
     "a parametrisation": (parametrised, "ParametrizedLinear in transformer.blocks.0.ffn.down_proj"),
     "a transposed weight": (transposed, "attn.out_proj.weight is not contiguous"),
@@ -499,7 +499,7 @@ def test_models_and_settings_as_obstacles(monkeypatch: pytest.MonkeyPatch) -> No
     )
     module = model(MPT)
     own = type("Own", (type(module),), {})(module.config)
-    assert "Own may compute something of its own" in (native_decoder.obstacle(own) or "")
+    assert "Own is a subclass, which may compute something else" in (native_decoder.obstacle(own) or "")
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in (native_decoder.obstacle(module) or "")
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)

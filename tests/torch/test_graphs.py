@@ -332,7 +332,7 @@ def test_failed_capture_falls_back(
     cuda_graphs.release(module)
     monkeypatch.setitem(cuda_graphs.CAPTURE, "cpu", fails)
     assert torch.equal(module.generate(ids, max_new_tokens=NEW, eos_token_id=-1), expected)
-    assert sum("goes on without CUDA graphs" in message for message in logs.messages) == 1
+    assert sum("continues without CUDA graphs" in message for message in logs.messages) == 1
 
 
 def _hooked(module: Any) -> None:

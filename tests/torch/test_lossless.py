@@ -73,7 +73,7 @@ def test_format_and_round_trip(shape: tuple[int, int], monkeypatch: pytest.Monke
     np.testing.assert_array_equal(found, weight.view(torch.int16).numpy().view(np.uint16))
     assert same(bf12.unpack(packed.codes, shape[1]), weight)
     # Rows do not depend on each other, and floats that are bfloat16 numbers are as good.
-    monkeypatch.setattr(formats, "_PIECE", 700)
+    monkeypatch.setattr(formats, "_CHUNK", 700)
     assert torch.equal(formats.pack(weight.float(), 12, 128).codes, packed.codes)
 
 
@@ -91,7 +91,7 @@ def test_incompressible_rows_raise() -> None:
 
 
 def test_only_bfloat16_values_are_packed() -> None:
-    with pytest.raises(ValueError, match=r"float32 that are no bfloat16 numbers.*dtype=torch\.bfloat16"):
+    with pytest.raises(ValueError, match=r"float32 that bfloat16 cannot represent.*dtype=torch\.bfloat16"):
         formats.pack(torch.randn(3, 512), 12, 128)
 
 
@@ -250,7 +250,7 @@ def test_invalid_models_raise(tmp_path: Path) -> None:
     with torch.no_grad():
         model.at("up", 0).weight.add_(1e-6)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"ffn\.up_proj\.weight: .*no bfloat16 numbers"):
+    with pytest.raises(ValueError, match=r"ffn\.up_proj\.weight: .*bfloat16 cannot represent"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config="lossless")
     rounded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config="lossless", dtype=torch.bfloat16

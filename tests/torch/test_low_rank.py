@@ -156,7 +156,7 @@ def test_a_change_of_scale_or_adapter_reaches_the_step() -> None:
         if isinstance(module, _Lora):
             module.disable_adapters = True
             module.forward = module.base_layer.forward
-    assert "forward method of its own" in model.decoding_path()
+    assert "overridden forward method" in model.decoding_path()
     assert len({float(x.sum()) for x in (first, second, third)}) == 3
 
 

@@ -56,7 +56,7 @@ def called(serial: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_status(serial: Any) -> None:
     library, level, status = serial
     assert level == "base" and not native.has_openmp(library)
-    assert status == "base; built without OpenMP, so it has one thread"
+    assert status == "base; built without OpenMP: single-threaded"
 
 
 @torch.inference_mode()

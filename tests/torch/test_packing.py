@@ -112,7 +112,7 @@ def test_rows_do_not_depend_on_each_other(bits: int, group: int, monkeypatch: py
     """So that fused matrices are joined rows; and packing by blocks of rows gives the same codes."""
     weight = matrix(9, 200)
     whole = formats.pack(weight, bits, group)
-    monkeypatch.setattr(formats, "_PIECE", 400)
+    monkeypatch.setattr(formats, "_CHUNK", 400)
     blocks = [formats.pack(weight[rows], bits, group) for rows in (slice(0, 4), slice(4, 9))]
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, torch.cat([getattr(part, name) for part in blocks])), name
@@ -131,7 +131,7 @@ def test_invalid_weights_raise(bits: int, value: float, words: str) -> None:
 @pytest.mark.parametrize("block", [1 << 20, 500])
 def test_product_without_kernels(bits: int, group: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and a few rows at a time, with gradients of x and the bias."""
-    monkeypatch.setattr(formats, "_PIECE", block)
+    monkeypatch.setattr(formats, "_CHUNK", block)
     monkeypatch.setattr(native, "library", lambda: None)
     packed, x = formats.pack(matrix(11, 200), bits, group), matrix(6, 200, seed=1, std=1.0).view(2, 3, 200)
     x, bias = x.requires_grad_(), matrix(1, 11, seed=2)[0].requires_grad_()

@@ -349,7 +349,7 @@ def test_prefill_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(chunks.sequences, whole.sequences)
     assert_close("scores in chunks", torch.stack(chunks.scores), torch.stack(whole.scores), 2e-5)
     with pytest.raises(
-        UnsupportedConfig, match="prefill_chunk_size=5: this model's RoPE scaling goes by the whole"
+        UnsupportedConfig, match="prefill_chunk_size=5: this model's RoPE scaling depends on the whole"
     ):
         mpt_model("rope, dynamic").generate(batch("none")[0], prefill_chunk_size=5, **OPTIONS)
     for option in ("output_attentions=True", "use_cache=False"):

@@ -138,7 +138,7 @@ def test_transformers_config_object(folder: Path) -> None:
     )
     ours = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
     assert torch.equal(logits(folder, quantization_config=theirs), logits(folder, quantization_config=ours))
-    with pytest.raises(ValueError, match="'torchao' is not supported here"):
+    with pytest.raises(ValueError, match="'torchao' is not supported"):
         logits(folder, quantization_config={"quant_method": "torchao", "quant_type": "int8_weight_only"})
 
 

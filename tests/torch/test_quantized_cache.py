@@ -44,12 +44,12 @@ def test_new_tokens_are_exact_and_old_ones_close(steps: int) -> None:
     assert torch.equal(values[:, :, -8:], -x[:, :, -8:])
     # Four normal numbers span less than 8; an 8-bit step is then below 8 / 255, and half of it the error.
     assert 0 < (keys - x).abs().max() < 8 / 255 / 2
-    assert cache.packed[0] is not None and cache.packed[0][0].codes.dtype == torch.uint8
+    assert cache.blocks[0] is not None and cache.blocks[0][0].codes.dtype == torch.uint8
 
 
 def test_memory() -> None:
     cache, x = filled(QuantizedCache(nbits=4, q_group_size=16, residual_length=16), 512)
-    codes, step, low = cache.packed[0][0].parts()
+    codes, step, low = cache.blocks[0][0].tensors()
     assert codes.nbytes + step.nbytes + low.nbytes + cache.keys[0].nbytes < 0.3 * x.nbytes
 
 
@@ -105,7 +105,7 @@ def test_invalid_settings_raise(settings: dict[str, Any], error: str) -> None:
 def test_recent_tokens_are_kept_unquantised() -> None:
     cache, x = filled(QuantizedCache(residual_length=20), 40)
     grown, _ = filled(DynamicCache(), 40)
-    assert cache.packed == [None, None]
+    assert cache.blocks == [None, None]
     assert torch.equal(cache[0][0], grown[0][0]) and torch.equal(cache[0][0], x)
     cache.reset()
     assert cache.get_seq_length() == 0

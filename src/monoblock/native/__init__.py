@@ -1,7 +1,7 @@
-"""The native kernels: which of them this machine can run, and how to call them. Imports no framework.
+"""Loads the native CPU library for the highest instruction set that the machine supports. Imports no framework.
 
-A library is opened when it is first asked for. `MONOBLOCK_NATIVE` chooses: `0` for none, or the name of a level
-(`base`, `avx2`, `avx512`, `avx512_vnni_bf16`) for no higher one; by default the highest that the machine has.
+The library is opened at the first use. The environment variable `MONOBLOCK_NATIVE` limits the choice: `0` disables the
+library; the name of a level (`base`, `avx2`, `avx512`, `avx512_vnni_bf16`) is the highest level that is used.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from monoblock.native import abi
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
 VARIABLE = "MONOBLOCK_NATIVE"
-SERIAL = "built without OpenMP, so it has one thread"
+SERIAL = "built without OpenMP: single-threaded"
 
 
 def library() -> Any:
-    """The opened library (a `ctypes.CDLL`), or None: then the work is the framework's."""
+    """The opened library (a `ctypes.CDLL`); None if there is none, so that the framework's kernels are used."""
     return _opened()[0]
 
 
 def preferred(threads: int) -> Any:
-    """The library where it is the better choice for a framework that has so many threads; else None.
+    """The library, if it is the better choice for a framework with `threads` threads; else None.
 
-    A build without OpenMP runs on one thread, so it is preferred to no more than one thread of the framework's. For
-    work that the framework has no kernels for, `library` is asked instead.
+    A build without OpenMP is single-threaded, so it is preferred only where the framework has one thread too. Use
+    `library` for operations that the framework has no kernels for.
     """
     found = library()
     return found if found is not None and (threads <= 1 or has_openmp(found)) else None
@@ -49,17 +49,18 @@ def level() -> str | None:
 
 
 def has_int8_gemm() -> bool:
-    """Whether many rows of inputs are multiplied with packed weights by whole-number products (AVX-512 VNNI)."""
+    """Whether products of quantised weights with many rows use the int8 GEMM (AVX-512 VNNI)."""
     return level() == "avx512_vnni_bf16"
 
 
 def has_bf16_gemm(inputs: int) -> bool:
-    """Whether many rows of so many bfloat16 inputs are multiplied in pairs (AVX-512 BF16; AMX is PyTorch's)."""
+    """Whether bfloat16 products with many rows of `inputs` columns use the native GEMM (AVX-512 BF16): not with AMX,
+    where PyTorch's is faster."""
     return level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not library().mb_amx()
 
 
 def status() -> str:
-    """One sentence: which kernels are in use, or why there are none."""
+    """The level in use, or why there is none, for messages."""
     return _opened()[2]
 
 
@@ -79,9 +80,13 @@ def choose(chosen: str) -> tuple[Any, str | None, str]:
         return None, None, f"off: {VARIABLE} is {chosen}"
     names = list(build.LEVELS)
     if chosen and chosen not in (*names, "1", "on"):
-        return None, None, f"off: {VARIABLE} is {chosen!r}, which is none of 0, {', '.join(names)}"
+        return None, None, f"off: {VARIABLE} is {chosen!r}, not one of 0, {', '.join(names)}"
     if not build.path_of("base").exists():
-        return None, None, "none: not built; python -m monoblock.native.build does, with a C++ compiler"
+        return (
+            None,
+            None,
+            "none: not built; build it by python -m monoblock.native.build (needs a C++ compiler)",
+        )
     _open_openmp_runtime()
     try:
         highest = ctypes.CDLL(str(build.path_of("base"))).mb_level()
@@ -93,21 +98,21 @@ def choose(chosen: str) -> tuple[Any, str | None, str]:
             return (
                 None,
                 None,
-                "none: built from other sources; python -m monoblock.native.build builds it again",
+                "none: built from other sources; rebuild it by python -m monoblock.native.build",
             )
         abi.bind(found, abi.SIGNATURES)
         if difference := abi.mismatch(found):
-            return None, None, f"none: {difference}; they are of different versions: install monoblock again"
+            return None, None, f"none: {difference}; the versions differ: reinstall monoblock"
     except (OSError, AttributeError) as error:
         return None, None, f"none: {error}"
-    said = best if best == names[highest] or chosen in names else f"{best}; {names[highest]} was not built"
-    return found, best, said if has_openmp(found) else f"{said}; {SERIAL}"
+    status = best if best == names[highest] or chosen in names else f"{best}; {names[highest]} was not built"
+    return found, best, status if has_openmp(found) else f"{status}; {SERIAL}"
 
 
 def _open_openmp_runtime() -> None:
-    """Open the OpenMP runtime of an installed PyTorch before the kernels look for one by its name.
+    """Open the OpenMP runtime of an installed PyTorch before the kernels load one by name.
 
-    Then both have one thread pool whichever is opened first, and the kernels open where the system has no libgomp.
+    Both then share one thread pool, in either order of loading, and the kernels load on systems without libgomp.
     """
     spec = importlib.util.find_spec("torch") if sys.platform == "linux" else None
     if spec is not None and spec.origin:

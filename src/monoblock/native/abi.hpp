@@ -1,4 +1,4 @@
-// The memory layout of every structure that native/abi.py declares too, for the loader to compare.
+// The memory layout of every structure that native/abi.py also declares. The loader compares the two.
 #pragma once
 
 #include <stddef.h>
@@ -12,7 +12,7 @@ namespace abi {
 using namespace decode;
 using namespace prompt;
 
-// A structure ("Matrix", 0, its size) or one of its fields ("Matrix.data", offset, size), in bytes.
+// Offset and size in bytes of a structure ("Matrix", offset 0) or of one of its fields ("Matrix.data").
 struct LayoutEntry {
   const char* name;
   int64_t offset, size;
@@ -51,8 +51,8 @@ constexpr LayoutEntry LAYOUT[] = {
     STRUCT(Adapters), FIELD(Adapters, terms), FIELD(Adapters, count),
     STRUCT(LayerWeights), FIELD(LayerWeights, qkv), FIELD(LayerWeights, out), FIELD(LayerWeights, up),
         FIELD(LayerWeights, down), FIELD(LayerWeights, qkv_adapters), FIELD(LayerWeights, out_adapters),
-        FIELD(LayerWeights, up_adapters), FIELD(LayerWeights, down_adapters), FIELD(LayerWeights, norm1), FIELD(LayerWeights, norm2), FIELD(LayerWeights, q_norm),
-        FIELD(LayerWeights, k_norm), FIELD(LayerWeights, window),
+        FIELD(LayerWeights, up_adapters), FIELD(LayerWeights, down_adapters), FIELD(LayerWeights, norm1),
+        FIELD(LayerWeights, norm2), FIELD(LayerWeights, q_norm), FIELD(LayerWeights, k_norm), FIELD(LayerWeights, window),
     STRUCT(ModelWeights), FIELD(ModelWeights, blocks), FIELD(ModelWeights, embed), FIELD(ModelWeights, head),
         FIELD(ModelWeights, head_adapters),
         FIELD(ModelWeights, position_table), FIELD(ModelWeights, inverse_frequencies),

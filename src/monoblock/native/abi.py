@@ -1,6 +1,6 @@
-"""The native library's interface: every structure and function of its C++ sources that Python uses, by ctypes.
+"""The ctypes declarations of the native library: every structure and function of its C++ sources that Python uses.
 
-The C++ headers named below explain the fields. Names and order are theirs. Imports no framework.
+The C++ headers named below document the fields; names and order are the same. Imports no framework.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Strides = c_int64 * 3
 
 
 def strides(*values: int) -> Array[c_int64]:
-    """Strides of batch, head and token, in elements, as the structures hold them."""
+    """Strides (batch, head, token), in elements, as the structures store them."""
     return Strides(*values)
 
 
@@ -48,7 +48,7 @@ class Matrix(Structure):
     )
 
 
-# ---------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------- prompt kernels
 
 
 class AttentionCall(Structure):
@@ -203,7 +203,7 @@ def library_layout(library: Any) -> dict[str, tuple[int, int]]:
 
 
 def mismatch(library: Any) -> str | None:
-    """Where the library's structures differ from these, in a few words; None if they are the same."""
+    """A description of the first difference between the library's structures and these; None if they are equal."""
     ours, theirs = layout(), library_layout(library)
     for name in [*ours, *(theirs.keys() - ours.keys())]:
         if ours.get(name) != theirs.get(name):
@@ -242,7 +242,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def bind(library: Any, names: Iterable[str]) -> None:
-    """Give functions of an opened library their types; AttributeError for one that it lacks."""
+    """Set the result and argument types of functions of an opened library. AttributeError if it lacks one."""
     for name in names:
         function = getattr(library, name)
         function.restype, function.argtypes = SIGNATURES[name]

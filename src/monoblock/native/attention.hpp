@@ -1,9 +1,10 @@
-// Attention of a prompt: softmax(scale * q.k + bias) v, over blocks of queries and keys with a running softmax.
+// Attention of a prompt: softmax(scale * q.k + bias) v, over blocks of queries and keys with an online softmax (flash
+// attention).
 //
-// A task is some queries of all heads that share a key/value head. For one block of keys after the other it packs the
-// keys (transposed, so that vectors run along keys) and the values once, and takes small tiles of queries through
-// scores -> weights -> sums while everything is in L2. Scores are in units of log2, so that the softmax needs 2^x alone.
-// A word is what one multiply-add takes from a lane: a float, or a pair of bfloat16.
+// A task is a block of queries of all heads that share a key/value head. For each KV block it packs the keys (transposed, so
+// that vectors run along keys) and the values once, and computes scores, weights and sums for small tiles of queries while
+// the block is in L2. Scores are scaled by log2(e), so that the softmax needs only 2^x. A word is the operand of one
+// multiply-add in a lane: a float, or a pair of bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -15,14 +16,14 @@
 
 namespace prompt {
 
-// Strides (batch, head, token) are in elements; head channels lie side by side. The queries are the last of the keys.
+// Strides (batch, head, token) are in elements; channels have stride 1. The queries are at the last positions of the keys.
 struct AttentionCall {
   const void *q, *k, *v;
   void* out;
   int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];
   const float* alibi_slopes;  // (heads,) or null
   const uint8_t* valid;       // (batch, keys), 0 for padding, or null
-  const int32_t* segments;    // (batch, keys), a query attends to keys of its own number; or null
+  const int32_t* segments;    // (batch, keys), document ids: a query attends to keys of its own document; or null
   int64_t valid_stride, segments_stride;
   int64_t batch, heads, kv_heads, queries, keys, head_dim;
   int64_t window;        // 0: none
@@ -30,12 +31,12 @@ struct AttentionCall {
   int32_t bf16, causal, threads;
 };
 
-constexpr int ROWS = 6, COLUMNS = LANES == 4 || LANES == 8 ? 2 : 4;  // one tile of sums, in registers; in vectors
-constexpr int PANEL = COLUMNS * LANES;                               // keys side by side in a packed panel
-constexpr int TILE = 24, KEYS = 256;                                 // queries and keys of one tile of scores
+constexpr int ROWS = 6, COLUMNS = LANES == 4 || LANES == 8 ? 2 : 4;  // a register tile: rows, and vectors per row
+constexpr int PANEL = COLUMNS * LANES;                               // keys of a packed panel
+constexpr int TILE = 24, KEYS = 256;                                 // queries and keys of a tile of scores
 constexpr float MASKED = -INFINITY;
 
-struct Plain {  // float32; also bfloat16 where the processor cannot multiply it
+struct Plain {  // float32; also bfloat16 without AVX-512 BF16
   static constexpr int PER_WORD = 1;
   static Floats dot(Floats sum, float a, Floats b) { return sum + a * b; }
 };
@@ -51,7 +52,7 @@ struct Pairs {
 typedef Plain Pairs;
 #endif
 
-// c (ROWS, N vectors) = factor of the row * c + a (ROWS, depth words) b (depth, N vectors).
+// c (ROWS, N vectors) = factor[row] * c + a (ROWS, depth words) b (depth, N vectors); a null factor is 0.
 template <class Dot, int N>
 inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int depth, float* c, int64_t ldc,
                  const float* factor) {
@@ -86,7 +87,7 @@ inline float word(const T* x, int64_t at, int64_t step, bool second) {
   return bits<float>(both);
 }
 
-// Rows of channels as rows of words.
+// Packs rows of channels as rows of words.
 template <class Dot, class T>
 void pack_rows(const T* from, int64_t stride, int rows, int dim, int words, float* to) {
   for (int r = 0; r < rows; ++r)
@@ -96,21 +97,21 @@ void pack_rows(const T* from, int64_t stride, int rows, int dim, int words, floa
     }
 }
 
-// Keys as panels (words, PANEL keys), zeros behind the last key.
+// Packs keys as panels (words, PANEL keys), padded with zeros after the last key.
 template <class Dot, class T>
 void pack_keys(const T* from, int64_t stride, int keys, int dim, int words, float* to) {
   for (int first = 0; first < keys; first += PANEL, to += words * PANEL)
     for (int j = 0; j < PANEL; ++j) {
-      const bool there = first + j < keys;
+      const bool inside = first + j < keys;
       const T* key = from + (first + j) * stride;
       for (int w = 0; w < words; ++w) {
         const int c = w * Dot::PER_WORD;
-        to[w * PANEL + j] = there ? word<Dot>(key, c, 1, c + 1 < dim) : 0.0f;
+        to[w * PANEL + j] = inside ? word<Dot>(key, c, 1, c + 1 < dim) : 0.0f;
       }
     }
 }
 
-// Values as rows of words, each of the same channel of PER_WORD keys, zeros behind the last key.
+// Packs values as rows of words, each of one channel of PER_WORD keys, padded with zeros after the last key.
 template <class Dot, class T>
 void pack_values(const T* from, int64_t stride, int keys, int dim, int padded, float* to) {
   for (int key = 0; key < round_up(keys, Dot::PER_WORD); key += Dot::PER_WORD, to += padded) {
@@ -121,22 +122,22 @@ void pack_values(const T* from, int64_t stride, int keys, int dim, int padded, f
 
 // ---------------------------------------------------------------------------- scores to weights
 
-// One row of scores; `position` and `first` are the positions of its query and of the row's first key in the sequence.
-struct Row {
+// One row of scores; `position` and `first` are the indices of its query and of the row's first key in the sequence.
+struct ScoreRow {
   float* scores;
   int count;  // keys, a multiple of LANES
   int64_t position, first;
-  int unmasked_from, unmasked_to;  // what the causal mask, the window and the end of the sequence leave
+  int unmasked_from, unmasked_to;  // the range left by the causal mask, the window and the end of the sequence
 };
 
-inline void mask_scores(const Row& row, const AttentionCall& a, float slope, const uint8_t* valid,
+inline void mask_scores(const ScoreRow& row, const AttentionCall& a, float slope, const uint8_t* valid,
                         const int32_t* segments) {
   const float scale = (a.softcap ? 1.0f : a.scale) * LOG2E, ramp = slope * LOG2E;
   for (int c = 0; c < row.count; c += LANES) {
     Floats s = load<Floats>(row.scores + c);
     if (a.softcap) s = a.softcap * tanh(s * (a.scale / a.softcap));
-    const Floats away = float(row.first + c - row.position) + iota();
-    store(row.scores + c, s * scale + away * ramp);
+    const Floats distance = float(row.first + c - row.position) + iota();
+    store(row.scores + c, s * scale + distance * ramp);
   }
   for (int c = 0; c < row.unmasked_from; ++c) row.scores[c] = MASKED;
   for (int c = row.unmasked_to; c < row.count; ++c) row.scores[c] = MASKED;
@@ -146,20 +147,20 @@ inline void mask_scores(const Row& row, const AttentionCall& a, float slope, con
     if (segments[row.first + c] != segments[row.position]) row.scores[c] = MASKED;
 }
 
-// Scores become weights relative to the largest score so far; returns the factor for everything summed before. NaN
-// does not count as the largest, but its weight is NaN.
+// Scores become weights relative to the running maximum; returns the factor for the earlier sums (online softmax). NaN is
+// ignored in the maximum, but its weight is NaN.
 template <class Dot>
-float exponentiate(const Row& row, float& most, float& total) {
+float exponentiate(const ScoreRow& row, float& most, float& total) {
   Floats highest = all(MASKED);
   for (int c = 0; c < row.count; c += LANES) highest = matrices::largest(load<Floats>(row.scores + c), highest);
   const float now = std::max(most, matrices::largest(highest));
-  float beside = 0.0f, factor = 1.0f;  // while all keys are masked, whose weight is 0 beside any number
-  if (now != MASKED) beside = now, factor = exp2(all(most - now))[0];
+  float reference = 0.0f, factor = 1.0f;  // for while all keys so far are masked: their weights are 0
+  if (now != MASKED) reference = now, factor = exp2(all(most - now))[0];
   Floats sums{};
   for (int c = 0; c < row.count; c += LANES) {
-    const Floats weight = exp2(load<Floats>(row.scores + c) - beside);
+    const Floats weight = exp2(load<Floats>(row.scores + c) - reference);
     sums += weight;
-    // Pairs are written over scores that have been read: they need half the room.
+    // bf16 weights overwrite scores that have been read: they take half the space.
     if constexpr (Dot::PER_WORD == 2)
       write((uint16_t*)row.scores + c, weight);
     else
@@ -220,7 +221,7 @@ class Task {
     return (P*)data + b * stride[0] + h * stride[1] + t * stride[2];
   }
 
-  // A tile of queries (their packed rows begin at `row`) against the packed keys [first, first + count).
+  // A tile of queries (packed from `row` on) with the packed keys [first, first + count).
   void attend_tile(int64_t b, int64_t head, int64_t row, int64_t q, int queries_here, int64_t first, int count) {
     const int64_t position = a.keys - a.queries + q;
     int from = 0, to = count;
@@ -236,7 +237,7 @@ class Task {
                    scores.data() + r * KEYS + c - from, KEYS, std::min(COLUMNS, (width - (c - from)) / LANES), nullptr);
     for (int r = 0; r < used; ++r) {
       const int64_t mine = position + std::min(r, queries_here - 1);
-      Row line{scores.data() + r * KEYS, width, mine, first + from, 0, to - from};
+      ScoreRow line{scores.data() + r * KEYS, width, mine, first + from, 0, to - from};
       if (a.causal) line.unmasked_to = int(std::min<int64_t>(line.unmasked_to, mine + 1 - line.first));
       if (a.window) line.unmasked_from = int(std::max<int64_t>(0, mine - a.window + 1 - line.first));
       line.unmasked_to = std::max(line.unmasked_to, 0);
@@ -252,7 +253,7 @@ class Task {
                  padded / LANES, factors + r);
   }
 
-  // A fully masked query gets the mean of all values, as from equal scores.
+  // Normalises the sums. The output of a fully masked query is the mean of all values, as for equal scores.
   void finish(int64_t b, int64_t g, int64_t head, int64_t q, int64_t row) {
     T* out = at<T>(a.out, a.out_strides, b, head, q);
     const bool fully_masked = total[row] == 0.0f;
@@ -273,20 +274,20 @@ class Task {
   const AttentionCall& a;
   const int words, padded, rows;
   std::vector<float> queries, keys, values, scores, sums, most, total;
-  std::vector<float> mean;  // times the keys; of one task, if it was needed
+  std::vector<float> mean;  // the sum of all values of the task's key/value head, if it was needed
 };
 
 template <class Dot, class T>
 void run_tasks(const AttentionCall& a) {
   const int64_t shared = a.heads / a.kv_heads, pairs = a.batch * a.kv_heads;
-  // About 384 packed rows share the packing of a block of keys, fewer where that would leave a thread without work.
+  // About 384 packed rows of queries share each packed KV block; fewer where threads would have no work.
   int64_t block = std::max<int64_t>(TILE, 384 / shared / TILE * TILE);
   while (block > TILE && pairs * ((a.queries + block - 1) / block) < 4 * a.threads) block = round_up(block / 2, TILE);
   const int64_t blocks = (a.queries + block - 1) / block;
 #pragma omp parallel num_threads(a.threads)
   {
     Task<Dot, T> task(a, block);
-    // The last queries have the most keys: they come first, so that no thread ends with a long task.
+    // The last queries attend to the most keys: they come first, so that the longest tasks do not come last.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < pairs * blocks; ++i) {
       const int64_t begin = (blocks - 1 - i / pairs) * block, pair = i % pairs;

@@ -1,18 +1,18 @@
-// How fast the memory can be read at all: what the products with one row of inputs are measured against.
+// A read-bandwidth benchmark: the upper bound for products with one row of inputs.
 #pragma once
 
 #include "prefetch.hpp"
 
 namespace matrices {
 
-// One thread's share, as several streams; a checksum, so that no read is left out.
+// Reads one thread's share as several streams; returns a checksum, so that the compiler cannot remove the loads.
 template <Hint HINT, int STREAMS>
 inline uint32_t read_streams(const char* from, int64_t share) {
-  constexpr int FURTHER = 1536;  // bytes; of 1 to 16 streams and several distances, what reads fastest
+  constexpr int DISTANCE = 1536;  // bytes; the fastest of several distances with 1 to 16 streams
   Words sums[STREAMS] = {};
   for (int64_t at = 0; at < share; at += sizeof(Words))
     UNROLL for (int s = 0; s < STREAMS; ++s) {
-      prefetch_ahead<FURTHER, HINT>(from + s * share + at);
+      prefetch_ahead<DISTANCE, HINT>(from + s * share + at);
       sums[s] += load<Words>(from + s * share + at);
     }
   uint32_t total = 0;
@@ -21,7 +21,7 @@ inline uint32_t read_streams(const char* from, int64_t share) {
   return total;
 }
 
-// Reads everything once; a checksum.
+// Reads all bytes once, on `threads` threads; returns a checksum.
 inline uint32_t read_all(const void* data, int64_t bytes, int threads) {
   constexpr int STREAMS = 4;
   const int64_t share = bytes / threads / STREAMS / sizeof(Words) * sizeof(Words);

@@ -1,7 +1,7 @@
-"""Compiles the native kernels, once for each instruction set that this kind of machine may have.
+"""Compiles the native kernels, once for each instruction set of this architecture.
 
-`pip install` runs it through the build hook; after a change of the sources, `python -m monoblock.native.build` does.
-It needs nothing but Python and a C++ compiler: `CXX`, or the first of c++, g++ and clang++ that is there.
+`pip install` runs it through the build hook; after a change of the sources, run `python -m monoblock.native.build`.
+It needs only Python and a C++ compiler: `CXX`, or the first of c++, g++ and clang++ that is installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 
-# From the lowest to the highest, in the order that `mb_level` counts them; other machines have the first alone.
+# From the lowest to the highest: `mb_level` returns an index of this table. Other architectures have only the first.
 LEVELS: dict[str, tuple[str, ...]] = {
     "base": (),
     "avx2": _AVX2,
@@ -33,7 +33,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "avx512_vnni_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
 }
 
-# No -march=native: what is built here may run elsewhere. Contraction lets a product and a sum become one instruction.
+# No -march=native: a build may run on another machine. Contraction fuses multiplications and additions (FMA).
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -47,24 +47,24 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a build made: the levels that are there now, and one line for people."""
+    """The result of a build: the levels that are available, and a message of one line."""
 
     levels: tuple[str, ...]
     line: str
 
 
 def path_of(level: str, folder: Path = HERE) -> Path:
-    """Where a level's library lies."""
+    """The path of a level's library."""
     return folder / f"kernels_{level}.so"
 
 
 def sources() -> list[Path]:
-    """What the kernels are made of."""
+    """The source files."""
     return [HERE / "kernels.cpp", *sorted(HERE.glob("*.hpp"))]
 
 
 def digest() -> str:
-    """A name for the sources as they are now; a library knows the one that it was built from."""
+    """A hash of the current sources and flags; a library contains the one that it was built from."""
     found = hashlib.sha256(repr((FLAGS, LEVELS)).encode())
     for path in sources():
         found.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -72,7 +72,7 @@ def digest() -> str:
 
 
 def levels() -> dict[str, tuple[str, ...]]:
-    """The levels worth building on this kind of machine, with their flags."""
+    """The levels of this architecture, with their compiler flags."""
     return LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"base": ()}
 
 
@@ -84,19 +84,19 @@ def compiler(environ: Mapping[str, str] = os.environ) -> list[str] | None:
 
 
 def ready(folder: Path = HERE) -> Outcome | None:
-    """What an earlier build of these very sources left, if every level is there."""
+    """The result of an earlier build of the same sources, if every level is there; else None."""
     mark, paths = digest().encode(), [path_of(level, folder) for level in levels()]
     if all(path.is_file() and mark in path.read_bytes() for path in paths):
-        return Outcome(tuple(levels()), "monoblock's native kernels are there, built from these sources")
+        return Outcome(tuple(levels()), "monoblock's native kernels are up to date")
     return None
 
 
 def build(folder: Path = HERE, extra: tuple[str, ...] = (), seconds: float = 600) -> Outcome:
-    """Compile every level into `folder`; what cannot be compiled within `seconds` is left out, and the line says why.
-    `extra`: more flags of the compiler."""
+    """Compile every level into `folder`. A level that fails to compile, or takes longer than `seconds`, is left out,
+    and the result's message gives the reason. `extra`: further compiler flags."""
     outcome = _build(folder, extra, seconds)
     for level in set(LEVELS) - set(outcome.levels):
-        path_of(level, folder).unlink(missing_ok=True)  # of other sources, or another compiler
+        path_of(level, folder).unlink(missing_ok=True)  # of an earlier build
     return outcome
 
 
@@ -104,13 +104,10 @@ def _build(folder: Path, more: tuple[str, ...], seconds: float) -> Outcome:
     command = compiler()
     if command is None:
         named = os.environ.get("CXX")
-        missing = (
-            f"CXX is {named!r}, which is no program"
-            if named
-            else "no C++ compiler (g++ or clang++) was found"
-        )
+        missing = f"CXX={named!r} was not found" if named else "no C++ compiler (g++ or clang++) was found"
         return Outcome(
-            (), f"monoblock is installed without its native kernels: {missing}; PyTorch does the work."
+            (),
+            f"monoblock is installed without its native kernels: {missing}; PyTorch's kernels are used instead.",
         )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
         openmp = _openmp(command, Path(scratch))
@@ -120,13 +117,13 @@ def _build(folder: Path, more: tuple[str, ...], seconds: float) -> Outcome:
             made = Path(scratch) / path_of(level).name
             errors = _run([*command, *flags, *own, str(HERE / "kernels.cpp"), "-o", str(made)], seconds)
             if not errors:
-                made.replace(path_of(level, folder))  # whole or not at all
+                made.replace(path_of(level, folder))  # atomically
             return errors
 
         with ThreadPoolExecutor(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
         ) as pool:
-            # The highest levels take the longest.
+            # The highest levels take longest: they start first.
             errors = dict(
                 zip(
                     wanted := [*reversed(levels())],
@@ -140,18 +137,18 @@ def _build(folder: Path, more: tuple[str, ...], seconds: float) -> Outcome:
     line = f"monoblock's native kernels were built by {command[0]}: {', '.join(built)}"
     failed = [f"{level} ({_last(text)})" for level, text in errors.items() if text]
     line = f"{line}; not {', '.join(failed)}" if failed else line
-    return Outcome(built, line if openmp else f"{line}; without OpenMP, so they have one thread")
+    return Outcome(built, line if openmp else f"{line}; without OpenMP: single-threaded")
 
 
 def _openmp(command: list[str], scratch: Path) -> tuple[str, ...]:
-    """The flag for several threads, where the compiler and its run-time have them."""
+    """The flag for OpenMP, if the compiler and its runtime support it."""
     probe = scratch / "probe.cpp"
     probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n", encoding="utf-8")
     return () if _run([*command, "-fopenmp", str(probe), "-o", str(scratch / "probe")]) else ("-fopenmp",)
 
 
 def _run(command: list[str], seconds: float = 600) -> str:
-    """What went wrong, or nothing. After `seconds` the command ends, and the processes that it has started."""
+    """The command's errors, or "". After `seconds`, it and the processes that it has started are killed."""
     groups = hasattr(os, "killpg")
     try:
         process = subprocess.Popen(
@@ -173,11 +170,13 @@ def _run(command: list[str], seconds: float = 600) -> str:
             else:
                 process.kill()
             return f"{command[0]} took more than {seconds:g} s"
-    return "" if process.returncode == 0 else errors.strip() or f"{command[0]} gave {process.returncode}"
+    return (
+        "" if process.returncode == 0 else errors.strip() or f"{command[0]} exited with {process.returncode}"
+    )
 
 
 def _last(errors: str) -> str:
-    """The line of a compiler's complaint that says most."""
+    """The first line that reports an error, of a compiler's output."""
     lines = [line.strip() for line in errors.splitlines() if "error" in line.lower()]
     return (lines or errors.splitlines() or ["unknown error"])[0]
 

@@ -1,10 +1,10 @@
-// A whole step of a transformer: a few new tokens through embedding, blocks and head, over caches of keys and values.
-// What the model is like is data; activations are floats from the embedding to the logits.
+// A decode step of a transformer: a few new tokens through embedding, blocks and head, over KV caches. The architecture is
+// described by ModelWeights; activations are float32 from the embedding to the logits.
 //
 // One parallel region runs the step. Its phases are dynamic parallel loops, each with a barrier: qkv | RoPE and cache |
-// attention | out + residual | up with activation | down + residual; before a matrix with adapters, A x of these. What all
-// threads need and is quickly computed (norms of a few rows, inputs in the weights' format) each computes for itself, in
-// its own memory.
+// attention | out + residual | up with activation | down + residual; before a matrix with adapters, their A x. Cheap results
+// that all threads need (norms of a few rows, inputs in the weights' format) are computed redundantly by each thread, in its
+// own memory.
 #pragma once
 
 #include <algorithm>
@@ -15,11 +15,11 @@
 
 namespace decode {
 
-constexpr int MOST_CHUNKS = 16;  // chunks that one row's keys may be divided into
-// Chunks of a matrix for each thread: few, since each is a new stream to the hardware prefetcher. A thread without any
-// left prefetches the next matrix.
+constexpr int MAX_KEY_CHUNKS = 16;  // chunks that one row's keys are divided into at most
+// Chunks of a matrix per thread: few, since each is a new stream to the hardware prefetcher. A thread that has finished its
+// chunks prefetches the next matrix.
 constexpr int CHUNKS = 2;
-constexpr int64_t NEXT = 256 << 10;  // bytes prefetched at most, which must stay in L2 until they are read
+constexpr int64_t MAX_PREFETCH = 256 << 10;  // bytes prefetched at most, which must stay in L2 until they are read
 
 class Run {
  public:
@@ -29,11 +29,11 @@ class Run {
     head_stride = m.qkv_by_head ? 3 * m.head_dim : m.head_dim;
     k_start = m.qkv_by_head ? m.head_dim : m.heads * m.head_dim;
     v_start = m.qkv_by_head ? 2 * m.head_dim : (m.heads + m.kv_heads) * m.head_dim;
-    h_stride = apart(m.width), wide_stride = apart(m.heads * m.head_dim);
+    h_stride = padded_stride(m.width), wide_stride = padded_stride(m.heads * m.head_dim);
     qkv = arena.take<float>(count * qkv_size);
     x = arena.take<float>(count * m.width);
     y = arena.take<float>(count * m.width);
-    inner = arena.take<float>(count * (inner_stride = apart(m.mlp_width * (m.gated ? 2 : 1))));
+    inner = arena.take<float>(count * (inner_stride = padded_stride(m.mlp_width * (m.gated ? 2 : 1))));
     cos = arena.take<float>(count * m.rotary_dim);
     ranks = total_rank(m.head_adapters);
     for (int64_t i = 0; i < m.layers; ++i)
@@ -48,7 +48,7 @@ class Run {
 
   ThreadTeam team;
 
-  // Whether all tokens and positions are rows of their tables.
+  // Whether all token ids and positions are within their tables.
   bool in_range() const {
     for (int64_t t = 0; t < count; ++t) {
       if (s.ids[t] < 0 || s.ids[t] >= m.embed.outputs) return false;
@@ -91,7 +91,7 @@ class Run {
   }
 
  private:
-  // One thread's own memory: the input of a sub-layer, the inputs of a matrix, and attention's blocks.
+  // A thread's private memory: the sub-layer's input, the prepared inputs of a matrix, and attention's scratch.
   struct Own {
     Own(const Run& run, int number, Arena& arena) : thread(number) {
       const ModelWeights& m = run.m;
@@ -102,8 +102,8 @@ class Run {
       scores = arena.take<float>(queries * KEYS);
       block = arena.take<float>(KEYS * run.padded());
       const int64_t most = std::max(std::max(m.width, m.mlp_width), m.heads * m.head_dim);
-      char* room = arena.take<char>(prepared_bytes(most, run.count));
-      if (arena.base) prepared = prepared_in(room, most, run.count);
+      char* scratch = arena.take<char>(prepared_bytes(most, run.count));
+      if (arena.base) prepared = prepared_in(scratch, most, run.count);
     }
     const int thread;
     float *h, *wide, *query, *scores, *block;
@@ -119,22 +119,22 @@ class Run {
   int64_t padded() const { return round_up(m.head_dim, 16); }
   int64_t queries() const { return s.tokens * (m.heads / m.kv_heads); }
 
-  // Rows and heads alone may leave threads without work, or with unequal work: then the keys are divided too.
+  // Where rows x heads do not divide evenly among the threads, the keys are divided into chunks too.
   void divide_keys() {
     const int64_t tasks = s.rows * m.kv_heads, keys = s.past + s.tokens;
     key_chunks = 1;
     if (tasks % s.threads && tasks < 4 * s.threads)
-      key_chunks = std::min<int64_t>({MOST_CHUNKS, (4 * s.threads + tasks - 1) / tasks, 1 + keys / (2 * KEYS)});
+      key_chunks = std::min<int64_t>({MAX_KEY_CHUNKS, (4 * s.threads + tasks - 1) / tasks, 1 + keys / (2 * KEYS)});
     part_size = queries() * (2 + padded());
   }
 
-  // A phase: `work` for 0 .. count - 1. Threads at the barrier prefetch the weights of the next phase.
+  // A phase: `work` for 0 .. n - 1. Threads at the barrier prefetch the weights of the next phase.
   template <class F>
   void phase(Own& own, int64_t n, F work) {
     team.parallel_for(own.thread, n, work, [&] { return own.next.step(); });
   }
 
-  // Embedded tokens, and RoPE's cosines and sines.
+  // Token, type and position embeddings; cos and sin for RoPE.
   void embed(Own& own) {
     phase(own, count, [&](int64_t t) {
       float* to = x + t * m.width;
@@ -155,16 +155,16 @@ class Run {
     });
   }
 
-  // The position of a token: as given, or how many tokens came before it that are no padding.
+  // The position of a token: as given, or the number of tokens before it that are not padding.
   int64_t position_of(int64_t t) const {
     const int64_t row = t / s.tokens, token = t % s.tokens;
     if (s.positions) return s.positions[row * s.position_stride + token];
     int64_t before = s.past + token;
     if (s.valid) {
       const uint8_t* valid = s.valid + row * s.valid_stride;
-      int64_t seen = 0;
-      for (int64_t k = 0; k < before; ++k) seen += valid[k] != 0;
-      before = seen;
+      int64_t count = 0;
+      for (int64_t k = 0; k < before; ++k) count += valid[k] != 0;
+      before = count;
     }
     return before + m.position_offset;
   }
@@ -176,26 +176,26 @@ class Run {
 
   int64_t chunk_of(int64_t outputs) const { return round_up(outputs / (CHUNKS * s.threads) + 1, 16); }
 
-  // Calls `work` for 0 .. outputs by chunks.
+  // Calls `work(first, last)` for chunks of the outputs.
   template <class F>
   void for_outputs(int64_t outputs, Own& own, F work) {
     const int64_t chunk = chunk_of(outputs);
     phase(own, (outputs + chunk - 1) / chunk, [&](int64_t i) { work(i * chunk, std::min((i + 1) * chunk, outputs)); });
   }
 
-  // The matrix that a layer begins with, or the head.
+  // The first matrix of a layer, or the head after the last layer.
   const Matrix& entry(int64_t layer) const { return layer < m.layers ? m.blocks[layer].qkv : m.head; }
 
-  // The weights that a thread reads first when the outputs of W are divided; of several matrices in one, of the first.
+  // Prefetch of the chunk of W that a thread reads first. `parts`: W is that many fused matrices, of which the first is read.
   WeightPrefetch first_weights(const Matrix& w, int thread, int parts = 1) const {
     const int64_t outputs = w.outputs / parts;
     const int64_t chunk = chunk_of(outputs), first = std::min(thread * chunk, outputs);
-    const int streams = streams_of(w.format, count > MOST_OF_FEW);
-    return WeightPrefetch(w, first, std::min(first + chunk, outputs), streams, NEXT / streams);
+    const int streams = streams_of(w.format, count > SMALL_BATCH);
+    return WeightPrefetch(w, first, std::min(first + chunk, outputs), streams, MAX_PREFETCH / streams);
   }
 
-  // The inputs of W in its format; before, low = A x of its adapters, whose threads at the barrier prefetch W (`parts`: of
-  // several matrices in one, the first).
+  // Prepares the inputs of W in its format, after low = A x of its adapters; threads at the barrier of the latter prefetch W
+  // (`parts` as in `first_weights`).
   void inputs_of(const Matrix& w, const Adapters& adapters, const float* from, int64_t step, Own& own, int parts = 1) {
     if (adapters.count) {
       const WeightPrefetch later = own.next;
@@ -206,7 +206,7 @@ class Run {
     prepare(w, from, step, count, own.prepared);
   }
 
-  // low = A x, a row of `ranks` numbers for each token, the adapters' side by side.
+  // low (tokens, ranks) = A x of all adapters, concatenated.
   void project(const Adapters& adapters, const float* from, int64_t step, Own& own) {
     prepare(adapters.terms[0].a, from, step, count, own.prepared);
     const int64_t chunk = 8, most = (total_rank(adapters) + chunk - 1) / chunk + adapters.count;
@@ -222,7 +222,7 @@ class Run {
     });
   }
 
-  // y += scale * B low for the outputs [first, last) of a matrix; `y` is where output 0 is.
+  // y += scale * B low for the outputs [first, last) of a matrix; `y` points to output 0.
   void add_adapters(const Adapters& adapters, float* y, int64_t y_stride, int64_t first, int64_t last) const {
     const float* x = low;
     for (const LowRank* term = adapters.terms; term < adapters.terms + adapters.count; ++term) {
@@ -237,7 +237,7 @@ class Run {
     }
   }
 
-  // W x and what its adapters add, for the outputs [first, last), after `inputs_of`.
+  // y = W x + adapters for the outputs [first, last), after `inputs_of`.
   void product(const Matrix& w, const Adapters& adapters, float* y, int64_t y_stride, int64_t first, int64_t last,
                Own& own) {
     multiply(w, own.prepared, count, y, y_stride, first, last);
@@ -298,7 +298,7 @@ class Run {
     });
   }
 
-  // Queries, keys and values as attention takes them: clipped, normed, rotated; keys and values go to the cache.
+  // Clips, norms and rotates queries and keys, and stores keys and values in the cache.
   void finish_qkv(const LayerWeights& layer, const LayerCache& cache, Own& own) {
     phase(own, count, [&](int64_t t) {
       float* row = qkv + t * qkv_size;
@@ -309,7 +309,7 @@ class Run {
     });
   }
 
-  // Queries or keys of token t: normed, by head or over all heads together, then rotated.
+  // Queries or keys of token t: norm (per head or over all heads), then RoPE.
   void finish_heads(const NormWeights& norm, int64_t t, float* first, int64_t heads, Own& own) const {
     if (norm.kind && !m.qk_norm_by_head) norm_together(norm, first, heads, own.wide);
     for (int64_t h = 0; h < heads; ++h) {
@@ -319,7 +319,7 @@ class Run {
     }
   }
 
-  // One norm over heads that may lie apart; `together` has room for all of them.
+  // One norm over all heads, which may not be adjacent; `together` is scratch for all of them.
   void norm_together(const NormWeights& norm, float* first, int64_t heads, float* together) const {
     const int64_t dim = m.head_dim;
     if (head_stride == dim) return normed(norm, m.bf16, first, heads * dim, first);
@@ -380,7 +380,7 @@ class Run {
     return {at, at + queries(), at + 2 * queries()};
   }
 
-  // All heads' outputs side by side, in this thread's memory.
+  // Concatenates the outputs of all heads, in this thread's memory.
   void gather_heads(Own& own) const {
     const int64_t shared = m.heads / m.kv_heads;
     for (int64_t row = 0; row < s.rows; ++row)
@@ -394,14 +394,15 @@ class Run {
   const ModelWeights& m;
   const DecodeStep& s;
   const int64_t count;  // tokens of all rows
-  int64_t qkv_size, head_stride, k_start, v_start;  // a row of qkv: from head to head; where keys and values begin
+  int64_t qkv_size, head_stride, k_start, v_start;  // a row of qkv: size, stride of heads, offsets of keys and values
   int64_t h_stride, wide_stride, inner_stride, key_chunks, part_size;
-  int64_t ranks;  // of the adapters of one matrix together, at most
+  int64_t ranks;  // the largest total rank of a matrix's adapters
   float *qkv, *x, *y, *inner, *cos, *parts, *low;
   char* mine;
 };
 
-// 0: done. Else nothing was: -1, a token or a position is outside its table; above 0, the bytes of scratch that it takes.
+// Returns 0 after a step; else the step was not run: -1 if a token id or a position is outside its table, or the bytes of
+// scratch that the step needs.
 inline int64_t step(const ModelWeights& model, const DecodeStep& step) {
   Arena measure(nullptr);
   const Run measured(model, step, measure);

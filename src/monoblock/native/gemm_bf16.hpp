@@ -1,51 +1,51 @@
-// bf16 weights, plain or in 12 bits, with many rows of inputs in bf16. Part of matrix.hpp.
+// GEMM of bf16 weights (uncompressed, or in 12 bits) with many rows of bf16 inputs. Part of matrix.hpp.
 //
-// As in gemm_int8.hpp a thread packs a panel of 64 rows of weights, here so that a vector holds two neighbouring weights
-// of 16 rows, and then multiplies it by six rows of inputs at a time. A packed K block stays in L2 for all rows of inputs,
-// while the rows that are packed next are prefetched. Weights packed once and kept would be 1 to 3% faster, and a second
-// copy of the model; oneDNN, which reorders them for each product too, takes 5% for it.
+// As in gemm_int8.hpp, a thread packs a panel of 64 rows of weights, here so that a vector holds two consecutive weights of
+// each of 16 rows, and multiplies it by six rows of inputs at a time. A packed K block stays in L2 for all rows of inputs,
+// while the rows that are packed next are prefetched. Packing the weights once and caching them would be 1 to 3% faster, but
+// needs a second copy of the model; oneDNN also reorders the weights in each product, which takes 5% of its time.
 #pragma once
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 
 namespace matrices {
 
-constexpr int64_t K_BLOCK = 3072;     // inputs that are packed at once: 384 KB with their 64 rows
-constexpr int64_t ROW_BLOCK = 512;         // rows of inputs whose sums a thread keeps: 128 KB
-constexpr int ACROSS = PANEL / SIDE;  // vectors of a panel's rows
+constexpr int64_t K_BLOCK = 3072;     // inputs of a K block: 384 KB with its 64 rows
+constexpr int64_t ROW_BLOCK = 512;    // rows of inputs whose sums a thread holds: 128 KB
+constexpr int ACROSS = PANEL / SIDE;  // vectors across a panel's rows
 
-// One thread's room.
+// One thread's scratch.
 struct PackedBlock {
-  uint32_t* weights;  // (K_BLOCK / 2, PANEL), each two neighbouring inputs' weights
+  uint32_t* weights;  // (K_BLOCK / 2, PANEL), pairs of consecutive weights of a row
   float* sums;        // (ROW_BLOCK, PANEL)
-  uint16_t* rows;     // (SIDE, K_BLOCK), weights that were in 12 bits
+  uint16_t* rows;     // (SIDE, K_BLOCK), weights decompressed from 12 bits
 
   static constexpr int64_t BYTES = K_BLOCK * PANEL * 2 + ROW_BLOCK * PANEL * 4 + SIDE * K_BLOCK * 2;
 
-  explicit PackedBlock(char* room) {
-    weights = (uint32_t*)room;
-    sums = (float*)(room + K_BLOCK * PANEL * 2);
+  explicit PackedBlock(char* scratch) {
+    weights = (uint32_t*)scratch;
+    sums = (float*)(scratch + K_BLOCK * PANEL * 2);
     rows = (uint16_t*)(sums + ROW_BLOCK * PANEL);
   }
 };
 
-// The rows [first, first + PANEL), or none beyond the end.
-inline WeightPrefetch rows_from(const Matrix& m, int64_t first) {
+// Prefetch of the rows [first, first + PANEL), as far as the matrix has them.
+inline WeightPrefetch panel_prefetch(const Matrix& m, int64_t first) {
   return WeightPrefetch(m, first, first + PANEL < m.outputs ? first + PANEL : m.outputs);
 }
 
-// The weights [k, k + count) of a row; `to` is for those in 12 bits.
+// The weights [k, k + count) of a row; weights in 12 bits are decompressed into `to`.
 inline const uint16_t* bf16_weights(const Matrix& m, int64_t output, int64_t k, int64_t count, uint16_t* to) {
   if (m.format == BF16) return (const uint16_t*)m.data + output * m.inputs + k;
-  const Row row(m, output);
-  for (int64_t i = 0; i < count; i += RUN) row.unfold(k + i, to + i);
-  row.others([&](int column, uint16_t value) {
+  const LosslessRow row(m, output);
+  for (int64_t i = 0; i < count; i += RUN) row.decompress(k + i, to + i);
+  row.outliers([&](int column, uint16_t value) {
     if (column >= k && column < k + count) to[column - k] = value;
   });
   return to;
 }
 
-// Packs the weights [k, k + count) of the rows from `first` on; rows beyond the end are the last one again.
+// Packs the weights [k, k + count) of the rows [first, first + PANEL); the last row stands in for rows beyond the end.
 inline void pack_k_block(const Matrix& m, int64_t first, int64_t k, int64_t count, const PackedBlock& to) {
   for (int side = 0; side < ACROSS; ++side) {
     const uint16_t* rows[SIDE];
@@ -54,32 +54,32 @@ inline void pack_k_block(const Matrix& m, int64_t first, int64_t k, int64_t coun
       rows[r] = bf16_weights(m, output < m.outputs ? output : m.outputs - 1, k, count, to.rows + r * K_BLOCK);
     }
     for (int64_t i = 0; i < count; i += 32) {
-      const __mmask32 there = count - i >= 32 ? 0xffffffffu : (1u << (count - i)) - 1;
+      const __mmask32 mask = count - i >= 32 ? 0xffffffffu : (1u << (count - i)) - 1;
       Words v[SIDE];
-      UNROLL for (int r = 0; r < SIDE; ++r) v[r] = (Words)_mm512_maskz_loadu_epi16(there, rows[r] + i);
+      UNROLL for (int r = 0; r < SIDE; ++r) v[r] = (Words)_mm512_maskz_loadu_epi16(mask, rows[r] + i);
       transpose(v);
       UNROLL for (int p = 0; p < SIDE; ++p) store(to.weights + (i / 2 + p) * PANEL + side * SIDE, v[p]);
     }
   }
 }
 
-// T rows of inputs times a packed K block; their sums begin at 0 where it is the first.
+// sums (T, PANEL) += T rows of inputs times a packed K block; `first`: the sums begin at 0.
 template <int T>
 inline void multiply_k_block(const uint32_t* weights, const uint16_t* x, int64_t ldx, int64_t pairs, float* sums,
                              bool first, WeightPrefetch& prefetch) {
-  constexpr int64_t AT_A_TIME = 16;  // pairs between two lines that are prefetched
+  constexpr int64_t PREFETCH_INTERVAL = 16;  // pairs between two prefetched cache lines
   Floats own[T][ACROSS] = {};
   if (!first)
     UNROLL for (int t = 0; t < T; ++t)
       UNROLL for (int i = 0; i < ACROSS; ++i) own[t][i] = load<Floats>(sums + t * PANEL + i * SIDE);
-  for (int64_t start = 0; start < pairs; start += AT_A_TIME) {
+  for (int64_t start = 0; start < pairs; start += PREFETCH_INTERVAL) {
     prefetch.step();
-    const int64_t end = start + AT_A_TIME < pairs ? start + AT_A_TIME : pairs;
+    const int64_t end = start + PREFETCH_INTERVAL < pairs ? start + PREFETCH_INTERVAL : pairs;
     _Pragma("GCC unroll 2") for (int64_t p = start; p < end; ++p) {
       __m512bh two[ACROSS];
       UNROLL for (int i = 0; i < ACROSS; ++i) two[i] = (__m512bh)_mm512_loadu_si512(weights + p * PANEL + i * SIDE);
       UNROLL for (int t = 0; t < T; ++t) {
-        const __m512bh same = (__m512bh)once(Words{} + load<uint32_t>(x + t * ldx + 2 * p));
+        const __m512bh same = (__m512bh)in_register(Words{} + load<uint32_t>(x + t * ldx + 2 * p));
         UNROLL for (int i = 0; i < ACROSS; ++i)
           own[t][i] = (Floats)_mm512_dpbf16_ps((__m512)own[t][i], two[i], same);
       }
@@ -89,7 +89,7 @@ inline void multiply_k_block(const uint32_t* weights, const uint16_t* x, int64_t
     UNROLL for (int i = 0; i < ACROSS; ++i) store(sums + t * PANEL + i * SIDE, own[t][i]);
 }
 
-// All rows of inputs (at most ROW_BLOCK) times a packed K block, which begins at input k.
+// All rows of inputs (at most ROW_BLOCK) times the packed K block that begins at input k.
 inline void multiply_rows(const PackedBlock& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t k, int64_t count,
                       WeightPrefetch& prefetch) {
   const int64_t pairs = count / 2;
@@ -127,12 +127,12 @@ inline void store_panel(const Matrix& m, const float* sums, int64_t first, int64
     }
 }
 
-// Outputs [first, first + PANEL) of all rows; the thread will probably take those from `next` on after them.
+// Outputs [first, first + PANEL) of all rows; `next`: the first output of the panel that is prefetched meanwhile.
 inline void bf16_panel(const Matrix& m, const PackedBlock& w, int64_t first, int64_t next, const uint16_t* x,
                          int64_t ldx, int64_t rows, char* y, int32_t y_format, int64_t ldy) {
   const int64_t k_blocks = (m.inputs + K_BLOCK - 1) / K_BLOCK;
   const int64_t each = round_up((m.inputs + k_blocks - 1) / k_blocks, RUN);
-  WeightPrefetch prefetch = rows_from(m, next);
+  WeightPrefetch prefetch = panel_prefetch(m, next);
   for (int64_t row = 0; row < rows; row += ROW_BLOCK) {
     const int64_t count = rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK;
     for (int64_t k = 0; k < m.inputs; k += each) {

@@ -1,9 +1,8 @@
-// Products of 8- and 4-bit weights with many rows of inputs, by integer (VNNI) dot products. Part of matrix.hpp.
+// GEMM of 8- and 4-bit weights with many rows of int8 inputs, by integer (VNNI) dot products. Part of matrix.hpp.
 //
-// A thread packs a panel of 64 rows of weights once, so that a vector holds four neighbouring codes of 16 rows. It then
-// multiplies the panel by six rows of inputs at a time, of which four neighbouring numbers are broadcast to all lanes:
-// the sums of a group stay integers in registers, no lanes are ever added up, and each group is scaled once for 16
-// outputs.
+// A thread packs a panel of 64 rows of weights, so that a vector holds four consecutive codes of each of 16 rows. It then
+// multiplies the panel by six rows of inputs at a time, four consecutive inputs of which are broadcast to all lanes. The
+// sums of a group stay integers in registers, no horizontal sums are needed, and each group is scaled once for 16 outputs.
 #pragma once
 
 #if defined(__AVX512VNNI__)
@@ -11,9 +10,9 @@
 namespace matrices {
 
 constexpr int SIDE = 16;    // rows of weights in a vector
-constexpr int PANEL = 64;   // rows of weights that are packed at once
-constexpr int PAIR = 2;     // vectors of them that the inputs are multiplied by together
-constexpr int TOKENS = 6;   // rows of inputs: TOKENS * PAIR integer sums and as many floats fit the registers
+constexpr int PANEL = 64;   // rows of weights of a panel
+constexpr int PAIR = 2;     // vectors of a register tile
+constexpr int TOKENS = 6;   // rows of inputs of a register tile: TOKENS * PAIR integer and as many float sums fit the registers
 
 // A packed panel: codes (PANEL / 32, padded / 4, 2, SIDE, 4); scale and low (groups, PANEL).
 struct PackedPanel {
@@ -55,7 +54,7 @@ INLINE void transpose(Words (&v)[SIDE]) {
 #undef LIST
 }
 
-// Packs the rows [first, first + PANEL) of the matrix; rows beyond its end are the last one again.
+// Packs the rows [first, first + PANEL) of the matrix; the last row stands in for rows beyond its end.
 inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
   const int64_t padded = round_up(m.inputs, RUN), groups = padded / m.group;
   const int64_t bytes = row_bytes(m);
@@ -76,7 +75,7 @@ inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
         const uint8_t* row = rows[side * SIDE + r];
         if (m.format == INT8)
           v[r] = load<Words>(row + k);
-        else  // of each run of 128, the low halves of the bytes are the first 64 codes
+        else  // the low nibbles of a run of 128 are its first 64 codes, the high nibbles the others
           v[r] = load<Words>(row + k / RUN * 64) >> (k % RUN ? 4 : 0) & 0x0f0f0f0fu;
       }
       transpose(v);
@@ -85,7 +84,7 @@ inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
     }
 }
 
-// T rows of inputs times 32 rows of weights.
+// sums += T rows of inputs times 32 rows of weights, the half `part` of a panel.
 template <int T, int GROUP>
 inline void multiply_half_panel(const PackedPanel& w, int part, const Prepared& p, int64_t row,
                                 Floats (&sums)[T][PAIR]) {

@@ -1,31 +1,31 @@
-// The products of R rows of weights with T rows of inputs, for each format. Part of matrix.hpp.
+// Register tiles of R rows of weights times T rows of inputs, for each weight format. Part of matrix.hpp.
 //
-// The rows of a tile are `gap` rows apart, and the next tile has the rows that follow them: each stream is sequential, so
-// that the hardware prefetcher follows it. Adjacent rows would be streams that end after one row. The hardware prefetcher
-// does best with few streams: against eight, four are +10% and, for 8-bit codes with their many lines, two are +25%. For
-// bf16, two are +15% against three where rows are long and the memory fast; but three rows of weights with eight of inputs
-// just fit the registers, and are +25% against two.
+// The rows of a tile are `gap` rows apart, and the next tile takes the rows that follow them, so that each of the R streams
+// is sequential and the hardware prefetcher follows it; with adjacent rows each stream would end after one row. The hardware
+// prefetcher does best with few streams: four are 10% faster than eight and, for 8-bit codes with their many cache lines,
+// two are 25% faster. For bf16, two are 15% faster than three with long rows and fast memory; with eight rows of inputs,
+// three rows of weights just fit the registers and are 25% faster than two.
 #pragma once
 
 #include "prefetch.hpp"
 
 namespace matrices {
 
-constexpr int MOST_OF_FEW = 4;  // rows of inputs
+constexpr int SMALL_BATCH = 4;  // rows of inputs up to which the number of streams is chosen for bandwidth
 
-// Rows of weights that are read in parallel, for up to four rows of inputs or for more (`more`).
+// Rows of weights that are read in parallel, for up to SMALL_BATCH rows of inputs or for more (`more`).
 constexpr int streams_of(int32_t format, bool more) {
   return format == INT8 ? 2 : format == BF16 ? (more ? 3 : 2) : 4;
 }
 
-// Software prefetch of a stream's own weights, 2 or 3 KiB ahead. On AMD it is +50% with eight rows of inputs and +10% with
-// one; on Intel +30%, and distances of 1 to 3 KiB differ by no more than 5%.
+// Software prefetch of a stream's weights, 2 or 3 KiB ahead. It gains 50% with eight rows of inputs and 10% with one on AMD,
+// and 30% on Intel, where distances of 1 to 3 KiB differ by no more than 5%.
 template <Hint HINT, int T>
-INLINE void ahead(const void* from) {
+INLINE void prefetch_weights(const void* from) {
   prefetch_ahead<T == 1 ? 2048 : 3072, HINT>(from);
 }
 
-// How many rows of weights a tile takes: the sums, R * T vectors, must stay in registers (32 with AVX-512, else 16).
+// Rows of weights of a tile: its sums, R * T vectors, must stay in registers (32 with AVX-512, else 16).
 template <int STREAMS, int T>
 constexpr int rows_of() {
   if (STREAMS == 3) return LANES == 16 || T <= 4 ? 3 : 1;
@@ -58,7 +58,7 @@ struct FloatTile {
                           Floats (&sums)[R][T]) {
     Floats weights[R];
     UNROLL for (int r = 0; r < R; ++r) {
-      ahead<HINT, T>(w + r * ldw);
+      prefetch_weights<HINT, T>(w + r * ldw);
       weights[r] = load<Floats>(w + r * ldw);
     }
     UNROLL for (int t = 0; t < T; ++t) {
@@ -68,7 +68,7 @@ struct FloatTile {
   }
 };
 
-// bf16 weights, 2 * LANES of a row at a time: what a tile's `multiply` does with them, and which `inputs` it takes.
+// bf16 weights, 2 * LANES of a row at a time. The derived tile provides `multiply` and chooses its `inputs`.
 template <class Tile>
 struct BfloatTile {
   static constexpr int32_t FORMAT = BF16;
@@ -93,14 +93,14 @@ struct BfloatTile {
   template <Hint HINT, int R, int T, class X>
   static INLINE void step(const uint16_t* w, int64_t ldw, const X* x, int64_t ldx, Floats (&sums)[R][T]) {
     Shorts weights[R];
-    UNROLL for (int r = 0; r < R; ++r) ahead<HINT, T>(w + r * ldw), weights[r] = once(load<Shorts>(w + r * ldw));
+    UNROLL for (int r = 0; r < R; ++r) prefetch_weights<HINT, T>(w + r * ldw), weights[r] = in_register(load<Shorts>(w + r * ldw));
     Tile::template multiply<R, T>(weights, x, ldx, sums);
   }
 };
 
-// Exact inputs. A word holds two weights; each becomes a float by itself, and the inputs lie as `prepare` has put
-// them: those of a vector's even columns, then those of its odd columns.
-struct HalfTile : BfloatTile<HalfTile> {
+// float32 inputs, deinterleaved by `prepare`. A 32-bit word holds two bf16 weights, which are widened to floats separately:
+// the even columns are multiplied by one vector of inputs, the odd ones by the next.
+struct WideTile : BfloatTile<WideTile> {
   static INLINE const float* inputs(const Prepared& p) { return p.f; }
 
   template <int R, int T>
@@ -117,7 +117,7 @@ struct HalfTile : BfloatTile<HalfTile> {
 };
 
 #if defined(__AVX512BF16__)
-// bf16 inputs: one instruction multiplies 32 pairs and sums them two by two, in floats.
+// bf16 inputs: one instruction (VDPBF16PS) multiplies 32 pairs and adds them in pairs to 16 floats.
 struct PairTile : BfloatTile<PairTile> {
   static INLINE const uint16_t* inputs(const Prepared& p) { return p.bf; }
 
@@ -133,14 +133,14 @@ struct PairTile : BfloatTile<PairTile> {
 #endif
 
 #if defined(__AVX512VNNI__)
-// Packed weights with quantised inputs: one instruction multiplies 64 codes with 64 inputs and sums them four by four,
-// in whole numbers. With x = q * q_scale in a group,
+// Quantised weights with int8 inputs: one instruction (VPDPBUSD) multiplies 64 codes by 64 inputs and adds them in fours to
+// 16 integers. With x = q * q_scale in a group,
 //   sum(w x) = scale * q_scale * sum(code * q) + low * q_scale * sum(q),   where INT8's low is -128 * scale.
 template <int32_t CODES>
 struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
   typedef uint8_t Codes __attribute__((vector_size(64)));
-  static constexpr int PANEL = 64;  // groups whose scales are made at once
+  static constexpr int PANEL = 64;  // groups whose scales are converted at once
   static constexpr int SCALES_AHEAD = 128;  // elements; hardware prefetchers do not follow so few bytes a row
 
   template <Hint HINT, int R, int T>
@@ -188,17 +188,17 @@ struct CodeTile {
   template <Hint HINT, int T>
   static INLINE void unpack(const uint8_t* from, Codes (&codes)[2]) {
     codes[0] = load<Codes>(from);
-    ahead<HINT, T>(from);
+    prefetch_weights<HINT, T>(from);
     if (FORMAT == INT8) {
       codes[1] = load<Codes>(from + 64);
-      ahead<HINT, T>(from + 64);
+      prefetch_weights<HINT, T>(from + 64);
     } else {
       codes[1] = codes[0] >> 4;
       codes[0] &= 15;
     }
   }
 
-  // scale * q_scale of each group, and the share of `low` in the sums.
+  // scales = scale * q_scale of each group; sums += the terms of `low`.
   template <int R, int T>
   static INLINE void scale(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t first,
                            int count, float (&scales)[R][T][PANEL], Floats (&sums)[R][T]) {
@@ -218,14 +218,14 @@ struct CodeTile {
       }
   }
 
-  // Up to 16 half-precision numbers, and zeros.
+  // Up to 16 half-precision numbers as floats, padded with zeros.
   static INLINE Floats halves(const uint16_t* from, int count) {
-    const __mmask16 there = count >= 16 ? 0xffff : (1u << count) - 1;
-    return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, from));
+    const __mmask16 mask = count >= 16 ? 0xffff : (1u << count) - 1;
+    return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from));
   }
 };
 #else
-// Packed weights with inputs that stay exact: codes become floats, each group's sum is scaled once.
+// Quantised weights with float32 inputs: codes are converted to floats, and each group's sum is scaled once.
 template <int32_t CODES>
 struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
@@ -242,7 +242,7 @@ struct CodeTile {
       int64_t at = FORMAT == INT8 ? b * BLOCK : b / 2 * BLOCK;
       int shift = FORMAT == INT8 ? 0 : b % 2 * 4;
       for (int r = 0; r < R; ++r) {
-        ahead<HINT, T>(w + r * gap * bytes + at);
+        prefetch_weights<HINT, T>(w + r * gap * bytes + at);
         float scale = from_half(m.scale[group + r * gap * groups]);
         float low = FORMAT == INT8 ? -128 * scale : from_half(m.low[group + r * gap * groups]);
         Floats part[T] = {};
@@ -277,16 +277,16 @@ INLINE void tile(const Matrix& m, const Prepared& x, int64_t output, int64_t gap
   }
 }
 
-// Some rows of weights, `gap` apart, or one.
+// The tiles of STREAMS rows of weights, `gap` apart; of a single row if `gap` is 0.
 template <class Tile, int STREAMS, int T>
 inline void strip(const Matrix& m, const Prepared& x, int row, float* y, int64_t ldy, int64_t first, int64_t gap) {
   constexpr int R = rows_of<STREAMS, T>();
-  static_assert(STREAMS % R == 0, "whole tiles");
+  static_assert(STREAMS % R == 0, "STREAMS must be a multiple of R");
   if (!gap) return tile<Tile, 1, T>(m, x, first, 0, row, y, ldy);
   for (int r = 0; r < STREAMS; r += R) tile<Tile, R, T>(m, x, first + r * gap, gap, row, y, ldy);
 }
 
-// Calls `strip(output, gap)` for all outputs: `streams` of them together, `gap` apart, and what is left (gap 0) one by one.
+// Calls `strip(output, gap)` for all outputs: `streams` at a time, `gap` apart, and the remainder (gap 0) one by one.
 template <class F>
 INLINE void by_strips(int streams, int64_t first, int64_t last, F strip) {
   const int64_t gap = (last - first) / streams;
@@ -294,7 +294,7 @@ INLINE void by_strips(int streams, int64_t first, int64_t last, F strip) {
   for (int64_t output = first + gap * streams; output < last; ++output) strip(output, 0);
 }
 
-// All rows of inputs are multiplied with a strip of weights before the next strip, so that DRAM is read once.
+// All rows of inputs are multiplied by a strip of weights before the next strip, so that the weights are read from DRAM once.
 template <class Tile, int STREAMS>
 inline void by_streams(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
   by_strips(STREAMS, first, last, [&](int64_t output, int64_t gap) {
@@ -311,7 +311,7 @@ inline void by_streams(const Matrix& m, const Prepared& x, int rows, float* y, i
 
 template <class Tile>
 inline void over_tiles(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
-  if (rows <= MOST_OF_FEW) return by_streams<Tile, streams_of(Tile::FORMAT, false)>(m, x, rows, y, ldy, first, last);
+  if (rows <= SMALL_BATCH) return by_streams<Tile, streams_of(Tile::FORMAT, false)>(m, x, rows, y, ldy, first, last);
   by_streams<Tile, streams_of(Tile::FORMAT, true)>(m, x, rows, y, ldy, first, last);
 }
 

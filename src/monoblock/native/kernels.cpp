@@ -1,5 +1,5 @@
-// monoblock's native kernels: one unit, compiled once for each instruction set (see build.py), with a plain C interface
-// that ctypes can call. Everything is written over vector extensions; only a few dot products are spelled out.
+// monoblock's native kernels: one translation unit, compiled once per instruction set (see build.py), with a C interface for
+// ctypes. The code uses vector extensions; only dot-product instructions and masked loads are intrinsics.
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
 #endif
@@ -12,7 +12,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// The highest of build.py's levels that this machine can run; called on the base library.
+// The index of the highest level of build.py that this machine can run; called on the base library.
 EXPORT int mb_level() {
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
@@ -26,10 +26,10 @@ EXPORT int mb_level() {
 #endif
 }
 
-// Whether the machine has matrix units for bf16 (AMX): with them PyTorch's products of many rows are several times as fast.
+// Whether the machine has AMX for bf16: PyTorch's products of many rows use it and are several times as fast.
 EXPORT int mb_amx() {
 #if defined(__x86_64__) || defined(_M_X64)
-  static const int found = [] {  // once: on a virtual machine each CPUID exits to the host
+  static const int found = [] {  // once: on a virtual machine CPUID causes a VM exit
     unsigned a, b, c, d;
     return int(__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1));
   }();
@@ -39,10 +39,10 @@ EXPORT int mb_amx() {
 #endif
 }
 
-// What the library was built from: build.py's digest of the sources.
+// The digest (build.py) of the sources that the library was built from.
 EXPORT const char* mb_sources() { return MB_SOURCES; }
 
-// Whether several threads can share the work; without OpenMP each call runs on the caller's thread alone.
+// Whether the library was built with OpenMP; without it, each call runs on the caller's thread alone.
 EXPORT int mb_openmp() {
 #if defined(_OPENMP)
   return 1;
@@ -51,7 +51,7 @@ EXPORT int mb_openmp() {
 #endif
 }
 
-// Sizes and offsets of the structures below; the last entry's name is null.
+// Sizes and offsets of the structures of the interface; the last entry's name is null.
 EXPORT const abi::LayoutEntry* mb_layout() { return abi::LAYOUT; }
 
 EXPORT int mb_linear(const Matrix* m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
@@ -59,25 +59,25 @@ EXPORT int mb_linear(const Matrix* m, const void* x, int32_t x_format, int64_t l
   return matrices::linear(*m, x, x_format, ldx, rows, y, y_format, ldy, threads);
 }
 
-// The numbers of a LOSSLESS matrix, bf16 (outputs, inputs).
+// Decompresses a LOSSLESS matrix to bf16 (outputs, inputs).
 EXPORT int mb_unfold(const Matrix* m, uint16_t* to, int threads) {
-  matrices::unfold(*m, to, threads);
+  matrices::decompress(*m, to, threads);
   return 0;
 }
 
-// Reads `bytes` bytes once, as fast as the memory can; a checksum of them goes to `sum`.
+// Reads `bytes` bytes once, for bandwidth measurements; stores a checksum in `sum`.
 EXPORT int mb_read(const void* data, int64_t bytes, int threads, uint32_t* sum) {
   *sum = matrices::read_all(data, bytes, threads);
   return 0;
 }
 
-// For prompts; see attention.hpp and prompt_ops.hpp.
+// Operations of a prompt; see attention.hpp and prompt_ops.hpp.
 EXPORT int mb_attention(const prompt::AttentionCall* a) { return prompt::attention(*a); }
 EXPORT int mb_norm(const prompt::NormCall* a) { return prompt::norm(*a); }
 EXPORT int mb_rope(const prompt::RopeCall* a) { return prompt::rope(*a); }
 EXPORT int mb_activate(const prompt::ActivationCall* a) { return prompt::activate(*a); }
 
-// Some new tokens of a model with caches; see decode_step.hpp.
+// One decode step; see decode_step.hpp.
 EXPORT int64_t mb_step(const decode::ModelWeights* model, const decode::DecodeStep* step) {
   return decode::step(*model, *step);
 }

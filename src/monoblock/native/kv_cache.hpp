@@ -1,4 +1,4 @@
-// Attention of a few new tokens over a cache of keys and values, which are read once for all heads that share them.
+// Attention of a few new tokens over a KV cache (flash decoding). Keys and values are read once for all heads of a group.
 #pragma once
 
 #include <math.h>
@@ -7,10 +7,10 @@
 
 namespace decode {
 
-constexpr int KEYS = 64;  // at a time: as floats, a block of keys or values stays in L1
+constexpr int KEYS = 64;  // keys of a block: as floats, a block of keys or values stays in L1
 
-// Some keys of one row of the batch and one key/value head. Pointers are those of key 0 of the sequence, though the cache
-// may have dropped it; strides are elements from one token to the next.
+// A range of keys [first, last) of one row of the batch and one key/value head. Pointers are to key 0 of the sequence, even
+// if the cache no longer holds it; strides are elements from one token to the next.
 struct KeyChunk {
   const void *keys, *values;
   int64_t key_stride, value_stride;
@@ -18,25 +18,25 @@ struct KeyChunk {
   const uint8_t* valid;  // a byte for each key of the sequence, 0 for padding; or null
 };
 
-// The queries of the group's heads: new tokens x heads, token by token, after RoPE and scaling, each padded with zeros to
-// whole vectors.
+// The queries of a group's heads, (tokens, heads, padded), after RoPE and scaling, each padded with zeros to a multiple of
+// the vector length.
 struct Queries {
   const float* data;
-  int count, shared;    // shared: heads of the group
+  int count, shared;    // tokens * heads; heads of the group
   int dim, padded;
-  int64_t position;     // of the first new token in the sequence
+  int64_t position;     // index of the first new token in the sequence
   int64_t window;       // keys that a query attends to; 0: all
-  const float* slopes;  // ALiBi's, of the group's heads; or null
+  const float* slopes;  // ALiBi slopes of the group's heads; or null
   float softcap;        // 0: none
 };
 
-// A softmax over some keys, not yet divided by its sum: the largest score, the sum, the weighted values.
+// A partial softmax over some keys, not yet normalised: the largest score, the sum of the weights, the weighted values.
 struct PartialSoftmax {
   float *most, *total;  // (queries,)
   float* values;        // (queries, padded)
 };
 
-// A block of keys or values as floats, (count, padded). The next block is prefetched, if there is one.
+// Converts a block of keys or values to floats, (count, padded), and prefetches the next block if there is one (`more`).
 template <class T>
 INLINE void widen_block(const T* from, int64_t stride, int count, bool more, int dim, int padded, float* to) {
   for (int j = 0; j < count; ++j, from += stride, to += padded) {
@@ -48,7 +48,7 @@ INLINE void widen_block(const T* from, int64_t stride, int count, bool more, int
   }
 }
 
-// The dot products of one query and LANES keys.
+// The dot products of one query with LANES keys.
 INLINE Floats products(const float* query, const float* keys, int padded) {
   Floats found[LANES] = {};
   for (int c = 0; c < padded; c += LANES) {
@@ -58,7 +58,7 @@ INLINE Floats products(const float* query, const float* keys, int padded) {
   return sums(found);
 }
 
-// For Q queries: to (W vectors) += the sum of weight * row.
+// For Q queries: to (W vectors) += sum over j of weights[j] * rows[j].
 template <int W, int Q>
 INLINE void add_rows(const float* weights, const float* rows, int count, int padded, float* to) {
   Floats sum[Q][W];
@@ -80,8 +80,8 @@ INLINE void add_values(const float* weights, const float* rows, int count, int p
   for (; c < padded; c += LANES) add_rows<1, Q>(weights, rows + c, count, padded, to + c);
 }
 
-// Scores of query m with `count` keys from key `first` on: with softcap, ALiBi and the attention mask.
-// Returns the largest.
+// Applies softcap, ALiBi and the attention mask to the scores of query m with the keys [first, first + count); returns the
+// largest score.
 inline float mask_scores(const Queries& q, int m, const KeyChunk& s, int64_t first, int count, float* scores) {
   const float slope = q.slopes ? q.slopes[m % q.shared] : 0;
   const int behind = int(q.position + m / q.shared - first);  // this query's position, relative to the first key
@@ -91,9 +91,9 @@ inline float mask_scores(const Queries& q, int m, const KeyChunk& s, int64_t fir
   for (int j = 0; j < count; j += LANES, key += LANES) {
     Floats x = read(scores + j);
     if (q.softcap != 0) x = q.softcap * tanh(x / q.softcap);
-    Ints away = key - behind;
-    x += slope * __builtin_convertvector(away, Floats);
-    x = (away <= 0) & (away > -window) & (key < count) ? x : Floats{} - INFINITY;
+    Ints distance = key - behind;
+    x += slope * __builtin_convertvector(distance, Floats);
+    x = (distance <= 0) & (distance > -window) & (key < count) ? x : Floats{} - INFINITY;
     store(scores + j, x);
   }
   for (int j = 0; s.valid && j < count; ++j)
@@ -103,7 +103,7 @@ inline float mask_scores(const Queries& q, int m, const KeyChunk& s, int64_t fir
   return largest(most);
 }
 
-// Scores become weights relative to the largest so far, which is `most`; returns their sum.
+// scores[j] = e^(scores[j] - most), where `most` is the running maximum; returns the sum.
 INLINE float exponentiate(float* scores, int count, float most) {
   Floats total = {};
   for (int j = 0; j < count; j += LANES) {
@@ -115,15 +115,15 @@ INLINE float exponentiate(float* scores, int count, float most) {
   return sum(total);
 }
 
-// Makes what query m has so far relative to the new largest score.
+// Rescales the partial softmax of query m to a new maximum (online softmax).
 INLINE void rescale(const Queries& q, int m, float most, PartialSoftmax& part) {
-  const float kept = expf(part.most[m] - most);
+  const float factor = expf(part.most[m] - most);
   float* values = part.values + m * q.padded;
-  part.most[m] = most, part.total[m] *= kept;
-  for (int c = 0; c < q.padded; c += LANES) store(values + c, kept * read(values + c));
+  part.most[m] = most, part.total[m] *= factor;
+  for (int c = 0; c < q.padded; c += LANES) store(values + c, factor * read(values + c));
 }
 
-// `block` and `scores` are scratch of (KEYS, padded) and of KEYS floats for each query.
+// Attention of all queries over one chunk of keys. `block` and `scores` are scratch: (KEYS, padded) and (queries, KEYS).
 template <class T>
 inline void attend_chunk(const Queries& q, const KeyChunk& s, PartialSoftmax part, float* block, float* scores) {
   for (int m = 0; m < q.count; ++m) part.most[m] = -INFINITY, part.total[m] = 0;
@@ -147,8 +147,8 @@ inline void attend_chunk(const Queries& q, const KeyChunk& s, PartialSoftmax par
   }
 }
 
-// One query's result from all chunks of its keys, `next` floats apart: softmax weights that sum to 1. A fully masked row
-// (padding) gets zeros: its values must stay finite, since they are multiplied by 0 later.
+// Combines the partial softmaxes of one query over all chunks, which are `next` floats apart. The output of a fully masked
+// row (padding) is 0: it must be finite, since it is multiplied by 0 later.
 inline void combine(const PartialSoftmax& first, int64_t next, int parts, int m, int dim, int padded, float* to) {
   float most = -INFINITY, total = 0;
   for (int i = 0; i < parts; ++i) most = fmaxf(most, first.most[i * next + m]);

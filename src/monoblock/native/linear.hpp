@@ -1,5 +1,5 @@
-// The plain function over a matrix: inputs and outputs in float or bf16, any number of rows, several threads.
-// Part of matrix.hpp.
+// `linear`: y = x W^T + bias for inputs and outputs in float32 or bf16, any number of rows, on several threads. It chooses
+// between the tiles for few rows and the GEMMs for many. Part of matrix.hpp.
 #pragma once
 
 #include <stdlib.h>
@@ -9,10 +9,10 @@
 
 namespace matrices {
 
-constexpr int AT_ONCE = 16;  // rows of inputs that are prepared together
-constexpr int STRIP = 512;   // outputs that a thread keeps as floats before it rounds them
-constexpr int CHUNK = 512;    // outputs that a thread takes at a time from the loop's counter; fewer for small matrices
-constexpr int64_t ALONE = 1 << 16;  // products that one thread has done before another would have woken up
+constexpr int BATCH_ROWS = 16;  // rows of inputs that are prepared together; more rows go to a GEMM
+constexpr int STRIP = 512;      // outputs that a thread holds as floats before it rounds them to bf16
+constexpr int CHUNK = 512;      // outputs of one iteration of the parallel loop; fewer for small matrices
+constexpr int64_t SERIAL_WORK = 1 << 16;  // multiplications below which waking other threads takes longer than the work
 
 inline int thread_number() {
 #if defined(_OPENMP)
@@ -22,7 +22,8 @@ inline int thread_number() {
 #endif
 }
 
-// One buffer for each calling thread, which grows and is kept: a call must not ask the system for memory.
+// A buffer per calling thread, reused by later calls and grown when needed, so that a call rarely allocates. Null if the
+// allocation fails.
 inline void* scratch_of(int64_t bytes) {
   static thread_local void* buffer = nullptr;
   static thread_local int64_t size = 0;
@@ -35,17 +36,18 @@ inline void* scratch_of(int64_t bytes) {
   return buffer;
 }
 
-inline void widen(const uint16_t* x, int64_t inputs, float* to) {
+// Converts a row of bf16 to float.
+inline void convert_to_float(const uint16_t* x, int64_t inputs, float* to) {
   int64_t k = 0;
   for (; k + LANES <= inputs; k += LANES) store(to + k, from_bf16(load<Halves>(x + k)));
   for (; k < inputs; ++k) to[k] = from_bf16(x[k]);
 }
 
-// Outputs [first, last) of up to AT_ONCE rows, rounded once where the result is bf16.
+// Outputs [first, last) of up to BATCH_ROWS rows; bf16 results are rounded once, from float sums.
 inline void outputs_of(const Matrix& m, const Prepared& p, int rows, void* y, int32_t y_format, int64_t ldy,
                        int64_t first, int64_t last) {
   if (y_format == F32) return multiply(m, p, rows, (float*)y, ldy, first, last);
-  float strip[AT_ONCE * STRIP];
+  float strip[BATCH_ROWS * STRIP];
   uint16_t* to = (uint16_t*)y;
   for (; first < last; first += STRIP) {
     int64_t end = first + STRIP < last ? first + STRIP : last;
@@ -58,11 +60,11 @@ inline void outputs_of(const Matrix& m, const Prepared& p, int rows, void* y, in
 #if defined(__AVX512VNNI__)
 constexpr int64_t BATCH = 1024;  // rows of inputs that are quantised at once: it bounds the scratch
 
-// `linear` for packed weights and many rows.
+// `linear` for INT8 and INT4 weights and many rows.
 inline int gemm_int8(const Matrix& m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
                            int32_t y_format, int64_t ldy, int threads) {
   const int64_t most = rows < BATCH ? rows : BATCH, inputs = round_up(prepared_bytes(m.inputs, most), 64);
-  const int64_t own = round_up(PackedPanel::bytes(m) + m.inputs * 4, 64);  // for each thread
+  const int64_t own = round_up(PackedPanel::bytes(m) + m.inputs * 4, 64);  // bytes per thread
   char* scratch = (char*)scratch_of(inputs + threads * own);
   if (!scratch) return 1;
   Prepared p = prepared_in(scratch, m.inputs, most);
@@ -78,7 +80,7 @@ inline int gemm_int8(const Matrix& m, const void* x, int32_t x_format, int64_t l
 #pragma omp for schedule(dynamic, 8)
       for (int64_t row = 0; row < count; ++row) {
         const float* floats = (const float*)from + row * ldx;
-        if (x_format == BF16) widen((const uint16_t*)from + row * ldx, m.inputs, wide), floats = wide;
+        if (x_format == BF16) convert_to_float((const uint16_t*)from + row * ldx, m.inputs, wide), floats = wide;
         quantise_row(floats, row, m, p);
       }
 #pragma omp for schedule(dynamic, 1)
@@ -91,7 +93,7 @@ inline int gemm_int8(const Matrix& m, const void* x, int32_t x_format, int64_t l
 #endif
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
-// `linear` for bf16 weights and many rows of bf16 inputs.
+// `linear` for BF16 and LOSSLESS weights and many rows of bf16 inputs.
 inline int gemm_bf16(const Matrix& m, const uint16_t* x, int64_t ldx, int64_t rows, void* y, int32_t y_format,
                             int64_t ldy, int threads) {
   char* scratch = (char*)scratch_of(threads * PackedBlock::BYTES + 64);
@@ -108,28 +110,28 @@ inline int gemm_bf16(const Matrix& m, const uint16_t* x, int64_t ldx, int64_t ro
 }
 #endif
 
-// y (rows, outputs) = x (rows, inputs) W^T + bias; `ldx`, `ldy`: elements from row to row; formats F32 or BF16.
-// Returns 0, or 1 if there was no memory.
+// y (rows, outputs) = x (rows, inputs) W^T + bias; `ldx`, `ldy`: row strides in elements; formats F32 or BF16.
+// Returns 0, or 1 if the scratch could not be allocated.
 inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
                   int32_t y_format, int64_t ldy, int threads) {
-  if (m.outputs * m.inputs * (rows < 4 ? 1 : rows / 4) < ALONE) threads = 1;
+  if (m.outputs * m.inputs * (rows < 4 ? 1 : rows / 4) < SERIAL_WORK) threads = 1;
 #if defined(__AVX512VNNI__)
-  if (rows > AT_ONCE && (m.format == INT8 || m.format == INT4))
+  if (rows > BATCH_ROWS && (m.format == INT8 || m.format == INT4))
     return gemm_int8(m, x, x_format, ldx, rows, y, y_format, ldy, threads);
 #endif
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
-  if (rows > AT_ONCE && (m.format == BF16 || m.format == LOSSLESS) && x_format == BF16 && m.inputs % 2 == 0)
+  if (rows > BATCH_ROWS && (m.format == BF16 || m.format == LOSSLESS) && x_format == BF16 && m.inputs % 2 == 0)
     return gemm_bf16(m, (const uint16_t*)x, ldx, rows, y, y_format, ldy, threads);
 #endif
-  int64_t need = prepared_bytes(m.inputs, AT_ONCE), floats = AT_ONCE * m.inputs * 4;
+  int64_t need = prepared_bytes(m.inputs, BATCH_ROWS), floats = BATCH_ROWS * m.inputs * 4;
   char* scratch = (char*)scratch_of(need + floats);
   if (!scratch) return 1;
-  Prepared p = prepared_in(scratch, m.inputs, AT_ONCE);
+  Prepared p = prepared_in(scratch, m.inputs, BATCH_ROWS);
   float* wide = (float*)(scratch + need);
-  for (int64_t row = 0; row < rows; row += AT_ONCE) {
-    int count = rows - row < AT_ONCE ? int(rows - row) : AT_ONCE;
+  for (int64_t row = 0; row < rows; row += BATCH_ROWS) {
+    int count = rows - row < BATCH_ROWS ? int(rows - row) : BATCH_ROWS;
     if (x_format == BF16) {
-      for (int i = 0; i < count; ++i) widen((const uint16_t*)x + (row + i) * ldx, m.inputs, wide + i * m.inputs);
+      for (int i = 0; i < count; ++i) convert_to_float((const uint16_t*)x + (row + i) * ldx, m.inputs, wide + i * m.inputs);
       prepare(m, wide, m.inputs, count, p);
     } else {
       prepare(m, (const float*)x + row * ldx, ldx, count, p);

@@ -1,7 +1,7 @@
 // Weight matrices in five formats, and their product with a few rows of inputs: y[row] = W x[row] + bias.
 //
-// One row of inputs costs one pass over the weights, so what counts is that they stream in at the memory's rate: each
-// thread takes several rows of weights at once (several streams), and its arithmetic hides behind the loads.
+// With few rows of inputs the product is bound by memory bandwidth: each thread reads several rows of weights in parallel
+// (several streams), and the arithmetic overlaps with the loads.
 #pragma once
 
 #include <type_traits>
@@ -12,10 +12,10 @@ namespace matrices {
 
 enum Format : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, LOSSLESS = 4 };
 
-// W is (outputs, inputs), row by row. Packed formats count inputs up to the next multiple of 128 ("padded"); `scale` and
-// `low` are half precision (outputs, padded / group), `group` being 64 or 128.
-//   INT8: a byte for each weight; value = scale * (code - 128).
-//   INT4: 64 bytes for each run of 128 weights, byte j = code[j] | code[j + 64] << 4; value = scale * code + low.
+// W is (outputs, inputs), row-major. In the quantised formats and LOSSLESS a row is padded to a multiple of 128 inputs
+// ("padded"); `scale` and `low` are half precision (outputs, padded / group), where `group` is 64 or 128.
+//   INT8: one byte per weight; value = scale * (code - 128).
+//   INT4: 64 bytes per run of 128 weights, byte j = code[j] | code[j + 64] << 4; value = scale * code + low.
 //   LOSSLESS: bf16 in 12 bits, without scales; see lossless.hpp.
 struct Matrix {
   const void* data;
@@ -28,19 +28,19 @@ struct Matrix {
   int32_t reserved;
 };
 
-constexpr int RUN = 128;    // inputs that packed formats are padded to
-constexpr int BLOCK = 64;  // the smaller group
-constexpr int FEW = 8;      // rows of inputs that one pass takes at once
+constexpr int RUN = 128;   // rows of quantised formats are padded to a multiple of this many inputs
+constexpr int BLOCK = 64;  // the smaller group size
+constexpr int FEW = 8;     // rows of inputs of the largest tile
 
-// Rows of inputs in the form that `multiply` reads. `prepare` fills what the matrix needs and no more.
+// Rows of inputs in the form that `multiply` reads. `prepare` fills only the arrays that the matrix's format needs.
 struct Prepared {
   float* f;        // (rows, padded)
   uint16_t* bf;    // (rows, padded)
-  int8_t* q;       // (rows, padded), whole numbers of -127..127
+  int8_t* q;       // (rows, padded), integers in [-127, 127]
   float* q_scale;  // (rows, blocks): x = q * q_scale in each group of the weights
-  float* q_sum;    // (rows, blocks): the sum of each group's inputs, as far as `q` holds them
+  float* q_sum;    // (rows, blocks): the sum of q * q_scale in each group
   int64_t padded, blocks;
-  const float* x;  // floats that are read where they lie: the inputs themselves, or `f`
+  const float* x;  // float32 inputs that are read in place: the caller's, or `f`
   int64_t ldx;
 };
 
@@ -50,7 +50,7 @@ inline int64_t prepared_bytes(int64_t inputs, int64_t rows) {
   return 64 + rows * (padded * (4 + 2 + 1) + blocks * 8);
 }
 
-// Scratch of `prepared_bytes(inputs, rows)`, divided up.
+// Divides scratch of `prepared_bytes(inputs, rows)` bytes into the arrays.
 inline Prepared prepared_in(void* scratch, int64_t inputs, int64_t rows) {
   char* at = (char*)round_up((int64_t)scratch, 64);
   Prepared p = {};
@@ -63,11 +63,11 @@ inline Prepared prepared_in(void* scratch, int64_t inputs, int64_t rows) {
   return p;
 }
 
-// Of LOSSLESS rows: bytes of the head, and of each run.
+// LOSSLESS rows: bytes of the header, and of each run.
 INLINE int64_t head_bytes(const Matrix& m) { return round_up(m.inputs, 2048) / 64; }
 constexpr int RUN_BYTES = RUN / 2 * 3;
 
-// Bytes from row to row of W.
+// Bytes of a row of W.
 INLINE int64_t row_bytes(const Matrix& m) {
   const int64_t padded = round_up(m.inputs, RUN);
   switch (m.format) {
@@ -95,20 +95,20 @@ INLINE float bias_of(const Matrix& m, int64_t output) {
 
 namespace matrices {
 
-// y[row * ldy + output] for all rows and the outputs [first, last); one thread's work.
+// y[row * ldy + output] for all rows and the outputs [first, last), on the calling thread.
 inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
   switch (m.format) {
     case F32: return over_tiles<FloatTile>(m, x, rows, y, ldy, first, last);
 #if defined(__AVX512BF16__)
     case BF16:
       return by_pairs(rows) ? over_tiles<PairTile>(m, x, rows, y, ldy, first, last)
-                            : over_tiles<HalfTile>(m, x, rows, y, ldy, first, last);
+                            : over_tiles<WideTile>(m, x, rows, y, ldy, first, last);
     case LOSSLESS:
       return by_pairs(rows) ? over_tiles<LosslessTile<PairTile>>(m, x, rows, y, ldy, first, last)
-                            : over_tiles<LosslessTile<HalfTile>>(m, x, rows, y, ldy, first, last);
+                            : over_tiles<LosslessTile<WideTile>>(m, x, rows, y, ldy, first, last);
 #else
-    case BF16: return over_tiles<HalfTile>(m, x, rows, y, ldy, first, last);
-    case LOSSLESS: return over_tiles<LosslessTile<HalfTile>>(m, x, rows, y, ldy, first, last);
+    case BF16: return over_tiles<WideTile>(m, x, rows, y, ldy, first, last);
+    case LOSSLESS: return over_tiles<LosslessTile<WideTile>>(m, x, rows, y, ldy, first, last);
 #endif
     case INT8: return over_tiles<CodeTile<INT8>>(m, x, rows, y, ldy, first, last);
     case INT4: return over_tiles<CodeTile<INT4>>(m, x, rows, y, ldy, first, last);

@@ -1,5 +1,4 @@
-// A model and a step of it as data, and what the step is made of besides matrices and attention: memory, norms, rows of
-// tables.
+// The structures that describe a model and a decode step, and helpers of the step: scratch memory, norms, embedding lookup.
 #pragma once
 
 #include <math.h>
@@ -9,14 +8,14 @@
 
 namespace decode {
 
-// A norm's weights, float32 or bfloat16 as the model's.
+// A norm's weights, in the model's dtype (float32 or bfloat16).
 struct NormWeights {
-  const void *weight, *bias;  // bias: or null
+  const void *weight, *bias;  // bias may be null
   float eps;
-  int32_t kind;  // 0: there is none; 1: layer norm; 2: RMS norm
+  int32_t kind;  // 0: none; 1: layer norm; 2: RMS norm
 };
 
-// A low-rank adapter of some of a matrix's outputs (LoRA, arXiv 2106.09685): y[first + o] += scale * (B A x)[o].
+// A low-rank adapter (LoRA, arXiv:2106.09685) of a range of a matrix's outputs: y[first + o] += scale * (B A x)[o].
 struct LowRank {
   Matrix a, b;  // (rank, inputs) and (outputs, rank), F32 or BF16, without biases
   int64_t first;
@@ -24,14 +23,14 @@ struct LowRank {
   int32_t reserved;
 };
 
-// The adapters of one matrix; the `a` of all have one format.
+// The adapters of one matrix; all `a` have the same format.
 struct Adapters {
   const LowRank* terms;
   int64_t count;
 };
 
 struct LayerWeights {
-  Matrix qkv, out, up, down;  // qkv: [q|k|v], or as qkv_by_head says; up: [gate|up] where gated
+  Matrix qkv, out, up, down;  // qkv: [q|k|v] (but see qkv_by_head); up: [gate|up] where gated
   Adapters qkv_adapters, out_adapters, up_adapters, down_adapters;
   NormWeights norm1, norm2, q_norm, k_norm;
   int64_t window;  // keys that a query attends to; 0: all
@@ -50,10 +49,10 @@ struct ModelWeights {
   int32_t activation, gated, pre_norm;        // pre_norm: norms come before sub-layers, else after them
   int32_t qk_norm_by_head, bf16, rotary_dim;  // rotary_dim: channels of a head that RoPE rotates
   int32_t qkv_by_head;  // 0: rows of qkv are [q|k|v]; 1: (heads, 3, head_dim), where heads = kv_heads
-  float scale, clip, softcap, rotary_scale, logit_scale, logit_softcap;  // clip and softcaps: 0 for none
+  float scale, clip, softcap, rotary_scale, logit_scale, logit_softcap;  // clip and softcaps: 0 if not used
 };
 
-// A layer's cached keys and values: buffers with strides (batch, head, token) in elements; new tokens go to `index`.
+// A layer's KV cache: buffers with strides (batch, head, token) in elements; new tokens are stored from `index` on.
 struct LayerCache {
   void *keys, *values;
   int64_t key_strides[3], value_strides[3];
@@ -62,8 +61,8 @@ struct LayerCache {
 
 struct DecodeStep {
   const LayerCache* caches;
-  const int64_t *ids, *type_ids;  // (rows, tokens); type_ids: rows of the embedding that are added, or null
-  const int64_t* positions;       // (rows or 1, tokens) as given, or null: counted
+  const int64_t *ids, *type_ids;  // (rows, tokens); type_ids: ids whose embeddings are added, or null
+  const int64_t* positions;       // (rows or 1, tokens), or null: computed from `valid`
   const uint8_t* valid;           // (rows, past + tokens), 0 for padding; or null
   float* logits;                  // (rows, tokens, vocabulary)
   void* scratch;
@@ -71,22 +70,22 @@ struct DecodeStep {
   int32_t threads, cache_bf16;
 };
 
-// Memory for a step: first measured with no memory at all, then given out.
+// A bump allocator for a step's scratch; with a null base it only measures the size.
 class Arena {
  public:
   explicit Arena(void* memory) : base((char*)memory) {}
   template <class T>
   T* take(int64_t count) {
-    T* given = (T*)(base + used);
+    T* start = (T*)(base + used);
     used += round_up(count * sizeof(T), 64);
-    return given;
+    return start;
   }
   char* base;
   int64_t used = 0;
 };
 
-// The row stride of a matrix's inputs, in elements: not a power of two, or all rows would map to the same few sets of L1.
-constexpr int64_t apart(int64_t width) { return round_up(width, 16) + 16; }
+// A padded row stride, in elements: with a power of two all rows would map to the same few sets of L1.
+constexpr int64_t padded_stride(int64_t width) { return round_up(width, 16) + 16; }
 
 template <class F>
 INLINE void typed(int32_t bf16, const void* data, F f) {
@@ -98,7 +97,7 @@ INLINE void scaled(const float* x, int64_t width, const W* weight, float shift, 
   for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - shift) * factor * read1(weight + i);
 }
 
-// y = norm(x); they may be the same.
+// y = norm(x); may be in place.
 inline void normed(const NormWeights& n, int32_t bf16, const float* x, int64_t width, float* y) {
   if (!n.kind) {
     if (x != y) memcpy(y, x, width * sizeof(float));
@@ -120,7 +119,7 @@ inline void normed(const NormWeights& n, int32_t bf16, const float* x, int64_t w
     });
 }
 
-// The sum of the ranks of a matrix's adapters.
+// The sum of the ranks of the adapters.
 inline int64_t total_rank(const Adapters& adapters) {
   int64_t rank = 0;
   for (int64_t i = 0; i < adapters.count; ++i) rank += adapters.terms[i].a.outputs;
@@ -135,7 +134,7 @@ INLINE float dot(const W* weight, const float* x, int64_t n) {
   return total;
 }
 
-// y += row `index` of a matrix in any of the formats.
+// y += row `index` of a matrix in any format (embedding lookup).
 inline void add_row(const Matrix& m, int64_t index, float* y) {
   const int64_t n = m.inputs, padded = round_up(n, RUN);
   if (m.format == F32 || m.format == BF16) {
@@ -145,13 +144,13 @@ inline void add_row(const Matrix& m, int64_t index, float* y) {
     return;
   }
   if (m.format == LOSSLESS) {
-    const Row row(m, index);
+    const LosslessRow row(m, index);
     for (int64_t k = 0; k < n; k += RUN) {
       uint16_t run[RUN];
-      row.unfold(k, run);
+      row.decompress(k, run);
       for (int64_t i = k; i < n && i < k + RUN; ++i) y[i] += from_bf16(run[i - k]);
     }
-    return row.others([&](int column, uint16_t value) { y[column] += from_bf16(value); });
+    return row.outliers([&](int column, uint16_t value) { y[column] += from_bf16(value); });
   }
   const uint8_t* codes = (const uint8_t*)m.data + index * row_bytes(m);
   for (int64_t i = 0; i < n; ++i) {

@@ -1,5 +1,5 @@
-// What a prompt needs between its matrix products, each in one pass over memory: norms, rotary positions, and
-// activations. x may be float32 or bfloat16; all sums are float32.
+// Layer norm and RMS norm, RoPE, and (gated) activations of a prompt, each in one pass over memory. Tensors are float32 or
+// bfloat16; arithmetic is float32.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ INLINE Floats iota() {
   return x;
 }
 
-// The first `count` lanes, the others 0.
+// Reads `count` lanes; the others are 0.
 template <class T>
 INLINE Floats read_some(const T* from, int count) {
   Floats x{};
@@ -32,7 +32,7 @@ INLINE void write_some(T* to, Floats x, int count) {
   for (int i = 0; i < count; ++i) write1(to + i, x[i]);
 }
 
-// f(index, lanes) for each vector of `count` numbers; the last one may have fewer lanes.
+// Calls f(index, lanes) for each vector of `count` elements; the last one may have fewer lanes.
 template <class F>
 INLINE void over(int64_t count, F f) {
   int64_t i = 0;
@@ -50,14 +50,14 @@ INLINE void write_up_to(T* to, Floats x, int count) {
   count == LANES ? write(to, x) : write_some(to, x, count);
 }
 
-// 2^x to 1e-7 of itself; 0 below 2^-125, so that nothing denormal is made. x is at most 127, or NaN, which stays NaN.
+// 2^x with a relative error of 1e-7; 0 below 2^-125, so that there are no subnormal results. x is at most 127; NaN propagates.
 INLINE Floats exp2(Floats x) {
   const Floats least = all(-125.0f), kept = matrices::largest(least, x);
-  // Adding 1.5 * 2^23 leaves no bit for a fraction: the sum's low bits are x, rounded. With 127 more, they are the
-  // exponent of a float that is a power of 2.
+  // Adding 1.5 * 2^23 leaves no bits for a fraction: the low bits of the sum are x, rounded to an integer. With 127 more,
+  // they are the biased exponent of 2^x.
   const Floats big = all(0x1.8p23f + 127), rounded = kept + big;
   const Floats r = kept - (rounded - big);
-  // The polynomial of degree 6 whose largest relative error on [-1/2, 1/2] is least: 2e-9.
+  // The minimax polynomial of degree 6 on [-1/2, 1/2], relative error 2e-9.
   Floats p = all(1.53458008e-4f);
   UNROLL for (float c : {1.33999309e-3f, 9.61848907e-3f, 5.55032864e-2f, 2.40226462e-1f, 6.93147182e-1f, 1.0f}) p =
       p * r + c;
@@ -67,7 +67,7 @@ INLINE Floats exp2(Floats x) {
 
 // ---------------------------------------------------------------------------- norms
 
-// The norm of rows, times the weight, plus the bias if there is one.
+// out = norm(x) * weight + bias for rows (rows, width); bias may be null.
 struct NormCall {
   const void *x, *weight, *bias;
   void* out;
@@ -106,10 +106,10 @@ inline int norm(const NormCall& n) {
   return 0;
 }
 
-// ---------------------------------------------------------------------------- rotary positions
+// ---------------------------------------------------------------------------- RoPE
 
-// Strides (batch, head, token) in elements; cos and sin are (batch or 1, token, rotary_dim), the first stride 0 for 1.
-// The first `rotary_dim` channels are rotated in pairs (a, b) of channels i and i + rotary_dim / 2, to
+// Strides (batch, head, token) in elements; cos and sin are (batch or 1, token, rotary_dim), with batch stride 0 for 1.
+// Of the first `rotary_dim` channels, the pairs (a, b) of channels i and i + rotary_dim / 2 are rotated to
 // (a cos - b sin, b cos + a sin); the others are copied.
 struct RopeCall {
   const void *x, *cos, *sin;
@@ -145,7 +145,7 @@ inline int rope(const RopeCall& t) {
   return 0;
 }
 
-// ---------------------------------------------------------------------------- the gated activation
+// ---------------------------------------------------------------------------- activations
 
 // out (rows, width) = act(x), or act(gate) * up of x (rows, [gate | up]).
 struct ActivationCall {

@@ -1,5 +1,5 @@
-// Vectors as wide as the instruction set at hand has them, and the small number formats, without intrinsics: GCC's and
-// Clang's vector extensions become SSE2, AVX2, AVX-512 or NEON. Part of matrix.hpp.
+// Vector types of the target's register width, and conversions of bf16 and fp16, without intrinsics: the vector extensions
+// of GCC and Clang compile to SSE2, AVX2, AVX-512 or NEON. Part of matrix.hpp.
 #pragma once
 
 #include <stdint.h>
@@ -28,7 +28,7 @@ typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-typedef uint16_t Shorts __attribute__((vector_size(LANES * 4)));  // two for each lane
+typedef uint16_t Shorts __attribute__((vector_size(LANES * 4)));  // two per 32-bit lane
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 
@@ -46,26 +46,26 @@ INLINE void store(Scalar* to, Vector v) {
   memcpy(to, &v, sizeof v);
 }
 
-// The same bits as another type.
+// Bit cast.
 template <class To, class From>
 INLINE To bits(From from) {
-  static_assert(sizeof(To) == sizeof(From), "as many bits");
+  static_assert(sizeof(To) == sizeof(From), "types of equal size");
   To to;
   memcpy(&to, &from, sizeof to);
   return to;
 }
 
-// Keeps a vector in a register. Without this, compilers read it from memory again for each use, which costs nothing only
-// where it lies within a line of the cache; the tensors of a file lie anywhere.
+// Forces a vector into a register. Otherwise compilers use it as a memory operand of several instructions, and each load
+// crosses cache lines where the tensor is unaligned, as tensors mapped from a file are.
 template <class Vector>
-INLINE Vector once(Vector v) {
+INLINE Vector in_register(Vector v) {
 #if defined(__AVX2__)
   asm("" : "+v"(v));
 #endif
   return v;
 }
 
-// The sum of all lanes; halving keeps it in registers, where a loop over lanes would be a chain of scalar sums.
+// The horizontal sum by pairwise reduction, which stays in registers; a loop over lanes would be a chain of scalar additions.
 INLINE float sum(Floats v) {
   typedef float Four __attribute__((vector_size(16)));
   Four four[LANES / 4];
@@ -77,7 +77,7 @@ INLINE float sum(Floats v) {
 
 INLINE Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 
-// The largest lane, by halves too.
+// The largest lane, also by pairwise reduction.
 INLINE float largest(Floats v) {
   typedef float Four __attribute__((vector_size(16)));
   Four four[LANES / 4];
@@ -90,12 +90,12 @@ INLINE float largest(Floats v) {
 
 INLINE Floats magnitude(Floats v) { return bits<Floats>(bits<Words>(v) & 0x7fffffffu); }
 
-// bf16 is the upper half of a float.
+// bf16 is the upper 16 bits of a float.
 INLINE Floats from_bf16(Halves v) { return bits<Floats>(__builtin_convertvector(v, Words) << 16); }
 
 INLINE float from_bf16(uint16_t v) { return bits<float>(uint32_t(v) << 16); }
 
-// To the nearest bf16, ties to even; NaN stays NaN (rounding up could make it infinite).
+// Rounds to the nearest bf16, ties to even. NaN stays NaN: plain rounding could carry into the exponent.
 INLINE uint16_t to_bf16(float v) {
   uint32_t u = bits<uint32_t>(v);
   if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t(u >> 16 | 0x40);
@@ -109,7 +109,7 @@ INLINE Halves to_bf16(Floats v) {
   return __builtin_convertvector((nan & (u >> 16 | 0x40u)) | (~nan & rounded), Halves);
 }
 
-// Numbers from, and to, either type: a vector of them, or one.
+// Loads and stores of float or bf16: a vector (read, write) or one element (read1, write1).
 INLINE Floats read(const float* from) { return load<Floats>(from); }
 INLINE Floats read(const uint16_t* from) { return from_bf16(load<Halves>(from)); }
 INLINE void write(float* to, Floats x) { store(to, x); }
@@ -125,14 +125,14 @@ INLINE float read1(const uint16_t* from) { return from_bf16(*from); }
 INLINE void write1(float* to, float x) { *to = x; }
 INLINE void write1(uint16_t* to, float x) { *to = to_bf16(x); }
 
-// IEEE half precision: exponent and mantissa are shifted into a float's bits, and 2^112 corrects the exponent bias.
+// IEEE half precision to float: exponent and mantissa are shifted into place, and the factor 2^112 corrects the exponent bias.
 INLINE float from_half(uint16_t v) {
   float size = bits<float>(uint32_t(v & 0x7fff) << 13) * 0x1p112f;
   return bits<float>(bits<uint32_t>(size) | uint32_t(v & 0x8000) << 16);
 }
 
-// To the nearest whole number, ties to even, for |v| < 2^22: the sum has no bits left for a fraction. Other numbers and
-// NaN give some number; unsigned, as they would overflow.
+// Rounds to the nearest integer, ties to even, for |v| < 2^22: the sum has no bits left for a fraction. The result is
+// arbitrary for other values and NaN; the subtraction is unsigned because they would overflow.
 INLINE Ints nearest(Floats v) {
   const float magic = 0x1.8p23f;
   return bits<Ints>(bits<Words>(v + magic) - bits<uint32_t>(magic));

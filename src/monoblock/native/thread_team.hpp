@@ -1,5 +1,5 @@
-// The threads of one parallel region, which run the same phases together: each phase is a dynamic parallel loop that ends
-// with a barrier.
+// The threads of one parallel region, which run a sequence of phases: each phase is a dynamic parallel loop that ends with a
+// barrier.
 #pragma once
 
 #include <stdint.h>
@@ -14,11 +14,12 @@
 
 namespace decode {
 
-// A thread at the barrier spins this many times before it yields its core: about as long as a phase takes. Other programs
-// may have taken the core of the thread that it waits for.
+// A thread at the barrier spins this many times, about as long as a phase takes, before it yields its core: the thread that
+// it waits for may have been preempted.
 constexpr int SPINS = 2000;
 
-// Calls of `idle` before a thread arrives at the barrier: the last thread to arrive does not wait and would make none.
+// Calls of `idle` before a thread arrives at the barrier: the last thread to arrive does not wait and would otherwise make
+// none.
 constexpr int IDLE_CALLS = 16;
 
 inline void spin(int spins) {
@@ -32,16 +33,16 @@ inline void spin(int spins) {
 
 class ThreadTeam {
  public:
-  // Calls `work` for the indices 0 .. count - 1, each once by one of the threads; returns when all calls have returned. A
-  // thread's first index is its own number, so that it is known beforehand. `idle` is called at the barrier; it does
-  // something useful, or returns false.
+  // Calls `work` for the indices 0 .. count - 1, each once on one of the threads; returns when all calls have returned. A
+  // thread's first index is its own number, so that its first weights can be prefetched earlier. `idle` is called at the
+  // barrier; it does a little useful work, or returns false.
   template <class F, class Idle>
   void parallel_for(int thread, int64_t count, F work, Idle idle) {
     for (int64_t index = thread; index < count; index = size + next.fetch_add(1, std::memory_order_relaxed)) work(index);
     barrier(idle);
   }
 
-  // Runs `work(thread)` on that many threads, or on fewer if the system has no more.
+  // Runs `work(thread)` on `threads` threads, or on fewer if OpenMP provides fewer.
   template <class F>
   void run(int threads, F work) {
 #if defined(_OPENMP)
@@ -73,7 +74,7 @@ class ThreadTeam {
       if (!idle()) spin(spins);
   }
 
-  // Each on a cache line of its own: threads at the barrier must not slow down those that work.
+  // Each on its own cache line, to avoid false sharing between working threads and those at the barrier.
   alignas(64) std::atomic<int64_t> next{0};
   alignas(64) std::atomic<int64_t> arrived{0};
   alignas(64) std::atomic<int64_t> phase{0};

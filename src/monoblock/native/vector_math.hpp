@@ -1,4 +1,4 @@
-// The functions of one variable that a transformer needs, on vectors of floats, to a few ulp.
+// exp, sigmoid, tanh and the activations on vectors of floats, accurate to a few ulp; horizontal sums of several vectors.
 #pragma once
 
 #include <initializer_list>
@@ -11,9 +11,9 @@ namespace matrices {
 
 INLINE Floats smallest(Floats a, Floats b) { return a < b ? a : b; }
 
-// ---------------------------------------------------------------------------- as many sums as a vector has lanes
+// ---------------------------------------------------------------------------- LANES horizontal sums at once
 
-// Of both vectors, runs of 2 * D lanes become runs of D lanes: their second halves are added to the first.
+// One step of a pairwise reduction: in both vectors, each run of 2 * D lanes is folded into D lanes.
 constexpr int lane(int index, int run, int half) { return index / run * 2 * run + half * run + index % run; }
 
 template <int D, size_t... L>
@@ -35,8 +35,8 @@ INLINE Floats sums(const Floats* x) {
 
 // ---------------------------------------------------------------------------- powers of e
 
-// e^x = scale * (1 + rest): scale = 2^n, n whole, and rest = e^r - 1 for |r| <= log(2) / 2. The polynomial is
-// (e^r - 1 - r) / r^2 by interpolation at Chebyshev's points, off by 1.1e-8.
+// e^x = scale * (1 + rest): scale = 2^n with integer n, and rest = e^r - 1 for |r| <= log(2) / 2. The polynomial interpolates
+// (e^r - 1 - r) / r^2 at the Chebyshev nodes, with an error of 1.1e-8.
 struct Power {
   Floats scale, rest;
 };
@@ -44,11 +44,11 @@ struct Power {
 INLINE Power power(Floats x) {
   x = smallest(all(88.0f), largest(all(-87.0f), x));  // 2^n stays a normal number, and NaN stays NaN
   Ints n = nearest(x * 1.44269504f);
-  Floats whole = __builtin_convertvector(n, Floats);
-  Floats r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;  // log(2) in two parts: n times the first is exact
+  Floats nf = __builtin_convertvector(n, Floats);
+  Floats r = (x - nf * 0.693145752f) - nf * 1.42860677e-6f;  // log(2) as high + low: n * high is exact
   Floats p = all(0.0013934545f);
   for (float c : {0.0083637768f, 0.0416664556f, 0.1666657329f, 0.5f}) p = p * r + c;
-  return {bits<Floats>((bits<Words>(n) + 127u) << 23), r + r * r * p};  // unsigned: of NaN, n may be any number
+  return {bits<Floats>((bits<Words>(n) + 127u) << 23), r + r * r * p};  // unsigned: for NaN, n is arbitrary and may overflow
 }
 
 INLINE Floats exp(Floats x) {
@@ -58,17 +58,17 @@ INLINE Floats exp(Floats x) {
 
 INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
 
-// (e^2x - 1) / (e^2x + 1), where e^2x - 1 is made without e^2x, so that small x keep their digits.
+// (e^2x - 1) / (e^2x + 1), with e^2x - 1 computed without cancellation for small x.
 INLINE Floats tanh(Floats x) {
   Power e = power(2.0f * x);
-  Floats less = (e.scale - 1.0f) + e.scale * e.rest;
-  return less / (less + 2.0f);
+  Floats expm1 = (e.scale - 1.0f) + e.scale * e.rest;
+  return expm1 / (expm1 + 2.0f);
 }
 
-// The share of a normal distribution that lies below x. With z = |x| / sqrt(2) and t = 1 / (1 + z / 2),
-// erfc(z) * e^(z * z) is a polynomial in t for z up to 6.5 (interpolated at Chebyshev's points, 2e-7 of the value);
-// what lies beyond is nothing beside 1.
-INLINE Floats share_below(Floats x) {
+// The cumulative distribution function of the standard normal distribution. With z = |x| / sqrt(2) and t = 1 / (1 + z / 2),
+// erfc(z) * e^(z * z) is approximated by a polynomial in t for z up to 6.5 (interpolation at the Chebyshev nodes, relative
+// error 2e-7); for larger z the tail is below the rounding error of 1.
+INLINE Floats normal_cdf(Floats x) {
   Floats z = magnitude(x) * 0.70710678f;
   Floats t = 1.0f / (1.0f + 0.5f * z);
   Floats p = all(-0.034803495f);
@@ -86,16 +86,16 @@ enum Activation : int32_t { GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SILU };
 
 template <Activation A>
 INLINE Floats activated(Floats x) {
-  if constexpr (A == GELU) return x * share_below(x);
+  if constexpr (A == GELU) return x * normal_cdf(x);
   // x * (1 + tanh(u)) / 2 = x * sigmoid(2 * u), u = sqrt(2 / pi) * (x + 0.044715 * x^3)
   if constexpr (A == GELU_TANH) return x * sigmoid(x * (1.59576912f + 0.0713548163f * x * x));
   if constexpr (A == QUICK_GELU) return x * sigmoid(1.702f * x);
-  if constexpr (A == RELU) return largest(Floats{}, x);  // in this order NaN stays NaN
+  if constexpr (A == RELU) return largest(Floats{}, x);  // NaN propagates only with the operands in this order
   if constexpr (A == RELU2) return largest(Floats{}, x) * largest(Floats{}, x);
   if constexpr (A == SILU) return x * sigmoid(x);
 }
 
-// x[i] = f(x[i]); the last few are computed on a copy.
+// x[i] = f(x[i]); the remainder is computed in a padded buffer.
 template <class F>
 INLINE void each(float* x, int64_t count, F f) {
   int64_t i = 0;
@@ -110,7 +110,8 @@ INLINE void each(float* x, int64_t count, F f) {
 template <Activation A>
 using Chosen = std::integral_constant<Activation, A>;
 
-// Calls f with the activation of this number as a type, so that its loops are made for that one; false: there is none.
+// Calls f with the activation as a std::integral_constant, so that its loops are instantiated for it; false for an unknown
+// `kind`.
 template <class F>
 INLINE bool choose(int32_t kind, F f) {
   switch (kind) {

@@ -1,22 +1,22 @@
-// Software prefetch into L2 of weights that a later phase reads: a thread at a barrier issues it, to hide DRAM latency.
+// Software prefetch of the weights of the next phase into L2, issued by threads that wait at a barrier, to hide DRAM latency.
 // Part of matrix.hpp.
 #pragma once
 
 namespace matrices {
 
-// Rows of a matrix, prefetched cache line by cache line: as one stream, or as several parallel ones.
+// Prefetches rows of a matrix, one cache line at a time, as one stream or as several interleaved ones.
 class WeightPrefetch {
  public:
   WeightPrefetch() = default;
 
-  // The rows [first, last) of W, if there are any; of each stream no more than `most` bytes.
+  // The rows [first, last) of W, which may be empty; at most `most` bytes of each stream.
   WeightPrefetch(const Matrix& w, int64_t first, int64_t last, int streams = 1, int64_t most = INT64_MAX)
       : from((const char*)w.data + first * row_bytes(w)), streams(streams) {
     apart = (last - first) / streams * row_bytes(w);
     end = apart < most ? apart : most;
   }
 
-  // Prefetches the next line (64 bytes) of each stream into L2; false when all lines are done.
+  // Prefetches the next line (64 bytes) of each stream into L2; false after the last line.
   INLINE bool step() {
     if (at >= end) return false;
     for (int i = 0; i < streams; ++i) __builtin_prefetch(from + i * apart + at, 0, 2);

@@ -15,7 +15,7 @@ from monoblock.checkpoint.transaction import staged
 
 
 def peft() -> Any:
-    """The package. ImportError says how to get it."""
+    """The peft package. ImportError: it is not installed."""
     try:
         import peft as package  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -24,7 +24,7 @@ def peft() -> Any:
 
 
 class Adapters:
-    """Adds, loads and chooses adapters in place: the model itself computes with them."""
+    """Adds, loads and activates adapters in place, in the model's own modules."""
 
     peft_config: dict[str, Any]
     _hf_peft_config_loaded: bool
@@ -54,7 +54,7 @@ class Adapters:
     ) -> None:
         """Load an adapter from a folder or a name on the hub (or `adapter_state_dict` with its `peft_config`).
 
-        Keywords besides are those of the hub (`revision`, `token`, `subfolder`, ...). ValueError: weights are missing,
+        Other keywords are those of the hub (`revision`, `token`, `subfolder`, ...). ValueError: weights are missing,
         or belong to no module of this model.
         """
         package = peft()

@@ -1,4 +1,4 @@
-"""What the files of this backend know of a model: its family's tables, and its modules by the roles that they play."""
+"""`ModelBase`: a model's family tables, and access to its modules by role, for the other files of this backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from monoblock.spec import ArchSpec
 
 
 class ModelBase(Part):
-    """A model as a module tree with roles; what it does with them is in the classes that derive from this one."""
+    """A model as a module tree with roles; subclasses add its functions."""
 
     family: ClassVar[Family]
     row: ClassVar[ModelClass]
@@ -43,7 +43,7 @@ class ModelBase(Part):
         return self.row.head == "causal"
 
     def current_head(self) -> HeadSpec:
-        """The head, with what was set on the config since the model was made."""
+        """The head, with the config's current values (they may have changed since construction)."""
         assert self.head_spec is not None
         return self.config.updated_head(self.head_spec)
 
@@ -55,7 +55,7 @@ class ModelBase(Part):
         return self.role("bare") if self.has("bare") else self
 
     def keymap(self) -> KeyMap:
-        """The map between the canonical names of all frameworks and files' names, for this class and config."""
+        """The map between canonical names (common to all frameworks) and file names, for this class and config."""
         return self.family.keymap(self.config, self.row.head)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -63,23 +63,23 @@ class ModelBase(Part):
         return tree.parameters(self.spec, self.head_spec)
 
     def sources(self) -> dict[str, TensorSource]:
-        """Canonical name -> the names of the parameters here that hold it, and how. Quantised ones too."""
+        """Canonical name -> the parameters of this model that store it, and the operation. Includes quantised ones."""
         keymap = self.keymap()
         return {name: keymap.source(name) for name in self.shapes()}
 
     def module_path(self, role: str, layer: int | None = None) -> str:
-        """The dotted name of the module that plays a role."""
+        """The dotted path of the module of a role."""
         return self.module_paths[role].replace("{i}", str(layer))
 
     def at(self, role: str, layer: int | None = None) -> Any:
-        """The module that plays a role, in that layer where it is one of a layer's; None if there is none."""
+        """The module of a role (in `layer`, for roles inside blocks); None if there is none."""
         if role not in self.module_paths:
             return None
         owner, _, name = self.module_path(role, layer).rpartition(".")
         return getattr(self.get_submodule(owner), name, None)
 
     def tied(self) -> dict[str, str]:
-        """Second names: name of a parameter -> the one that it shares."""
+        """Tied parameters: name -> the name of the parameter that it shares."""
         found: dict[str, str] = {}
         if (
             self.head_spec is not None
@@ -106,7 +106,7 @@ class ModelBase(Part):
         return self.get_submodule(self.module_path("head_out"))
 
     def embed(self, input_ids: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Token ids as vectors (b, s, w), with image patches at their positions where the call brings any."""
+        """Token embeddings (b, s, w), with image patches at their positions if given. ValueError: invalid patches."""
         x = self.get_input_embeddings()(input_ids)
         both = (given.get("image_patches"), given.get("pixel_values"))
         named = [patches for patches in both if patches is not None]
@@ -123,8 +123,8 @@ class ModelBase(Part):
         return with_patches(self.spec, base.role("patch_embed"), x, input_ids, named[0], indices)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Make the head's matrix the embedding's, where the spec ties them. Arguments of transformers' method,
-        which say what its loader has missed, change nothing."""
+        """Share the embedding's matrix with the head, if the spec ties them. The arguments of transformers' method
+        (keys missed by its loader) are ignored."""
         del args, kwargs
         for second, first in self.tied().items():
             owner, _, leaf = second.rpartition(".")
@@ -135,7 +135,7 @@ class ModelBase(Part):
                 replace(self, owner, modules.tied(table, self.get_submodule(owner)))
 
     def fuse_weights(self) -> None:
-        """Put the matrices that kernels want as one side by side, everywhere in the model."""
+        """Make the tensors of all fused groups adjacent in memory, in the whole model."""
         fuse_weights(self.modules())
 
     @property
@@ -145,8 +145,8 @@ class ModelBase(Part):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are (the first ones, if they are spread); of offloaded ones, where accelerate brings them
-        for a call."""
+        """The device of the weights (of the first ones, if on several devices); for offloaded weights, the device to
+        which accelerate moves them during a call."""
         embed: Any = self.get_input_embeddings()
         found = (embed.codes if isinstance(embed, QuantizedMatrix) else next(embed.parameters())).device
         if found.type != "meta":

@@ -1,4 +1,4 @@
-"""Key/value caches: one that grows, and one that is allocated once. Both have the hub's methods.
+"""KV caches: one that grows, and one that is allocated once. Both have the methods of transformers' caches.
 
 Layer tensors are (batch, kv_heads, tokens, head_dim).
 """
@@ -15,7 +15,7 @@ Legacy = tuple[tuple[Tensor, Tensor], ...]
 
 
 class Cache:
-    """The keys and values of the tokens that a model has seen, layer by layer, in buffers that may be longer."""
+    """The cached keys and values of each layer, in buffers that may have spare room."""
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
@@ -23,36 +23,36 @@ class Cache:
         self.lengths: list[int] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append (b, g, n, d) keys and values of layer `layer_idx`; the keys and values of that layer that the new
-        tokens may see."""
+        """Append keys and values (b, g, n, d) to layer `layer_idx`; returns the layer's keys and values that are
+        visible to the new tokens."""
         if layer_idx == len(self.keys):
             self._begin(key_states, value_states)
         count = key_states.shape[2]
         if self.lengths[layer_idx] == 0 and self.keys[layer_idx] is key_states:
             self.advance(layer_idx, count)
             return key_states, value_states
-        place = self.place(layer_idx, count)
+        start = self.reserve(layer_idx, count)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[:, :, place : place + count] = key_states
-        values[:, :, place : place + count] = value_states
+        keys[:, :, start : start + count] = key_states
+        values[:, :, start : start + count] = value_states
         self.advance(layer_idx, count)
-        seen = slice(self._oldest(layer_idx, place), place + count)
-        return keys[:, :, seen], values[:, :, seen]
+        visible = slice(self._oldest(layer_idx, start), start + count)
+        return keys[:, :, visible], values[:, :, visible]
 
-    def place(self, layer_idx: int, count: int) -> int:
-        """Make room for `count` more tokens in a layer's buffers; the index there of the first of them. Who writes them
-        says so by `advance`."""
+    def reserve(self, layer_idx: int, count: int) -> int:
+        """Make room for `count` more tokens in a layer's buffers; the slot of the first of them. Call `advance` after
+        writing them."""
         held = self.held(layer_idx)
         self._make_room(layer_idx, held, held + count)
         return held
 
     def advance(self, layer_idx: int, count: int) -> None:
-        """A layer's buffers hold `count` tokens more; what no later token will see may go."""
+        """Count `count` more tokens in a layer; keys that are outside every later token's window may be dropped."""
         self.lengths[layer_idx] += count
 
-    def _oldest(self, layer_idx: int, place: int) -> int:
-        """The index of the first token that tokens from `place` on may see."""
-        del layer_idx, place
+    def _oldest(self, layer_idx: int, start: int) -> int:
+        """The slot of the first token that is visible to tokens from slot `start` on."""
+        del layer_idx, start
         return 0
 
     def _begin(self, keys: Tensor, values: Tensor) -> None:
@@ -62,11 +62,11 @@ class Cache:
         raise NotImplementedError
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens that layer holds."""
+        """The number of tokens processed by that layer."""
         return self.lengths[layer_idx] if layer_idx < len(self.lengths) else 0
 
     def get_max_cache_shape(self) -> int | None:
-        """How many tokens fit; None: no limit."""
+        """The capacity in tokens; None: no limit."""
         return None
 
     def crop(self, max_length: int) -> None:
@@ -76,11 +76,11 @@ class Cache:
         self.lengths = [kept] * len(self.lengths)
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         self.lengths = [0] * len(self.lengths)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row i what row `beam_idx[i]` was."""
+        """Reorder the rows: row i becomes the former row `beam_idx[i]`."""
         for tensors in (self.keys, self.values):
             tensors[:] = [tensor.index_select(0, beam_idx.to(tensor.device)) for tensor in tensors]
 
@@ -94,12 +94,12 @@ class Cache:
             tensors[:] = [tensor.repeat_interleave(repeats, dim=0) for tensor in tensors]
 
     def to_legacy_cache(self) -> Legacy:
-        """For each layer a tuple of the keys and the values of the tokens seen so far."""
+        """A tuple (keys, values) for each layer."""
         held = [self.held(i) for i in range(len(self))]
         return tuple((k[:, :, :n], v[:, :, :n]) for k, v, n in zip(self.keys, self.values, held, strict=True))
 
     def held(self, layer_idx: int) -> int:
-        """How many tokens that layer still has: all, or the last ones of a windowed layer."""
+        """The number of tokens stored in that layer: all, or the last ones of a windowed layer."""
         return self.lengths[layer_idx]
 
     def __len__(self) -> int:
@@ -113,13 +113,13 @@ class Cache:
 
 
 class DynamicCache(Cache):
-    """A cache that grows; room is made in steps, so that the cost of a token does not grow with the text.
+    """A cache that grows, by an amortised reallocation, so that the cost of a token does not grow with the length.
 
     `ddp_cache_data`: (keys, values) of each layer to begin with. `config`: a model's config or spec; layers whose
     window it gives keep only the tokens of the window and `SLACK` more.
     """
 
-    # Tokens that a layer keeps beyond its window, so that a few may be taken back.
+    # Tokens that a layer keeps beyond its window, so that a few can be cropped.
     SLACK = 64
 
     def __init__(
@@ -140,7 +140,7 @@ class DynamicCache(Cache):
         return cls(past_key_values)
 
     def window(self, layer_idx: int) -> int | None:
-        """How many keys a token of that layer sees; None: all."""
+        """The window of that layer; None: all keys are visible."""
         return self.windows[layer_idx] if layer_idx < len(self.windows) else None
 
     def advance(self, layer_idx: int, count: int) -> None:
@@ -153,9 +153,9 @@ class DynamicCache(Cache):
                 tensors[layer_idx] = tensors[layer_idx][:, :, held - kept : held].clone()
             self.dropped[layer_idx] = self.lengths[layer_idx] - kept
 
-    def _oldest(self, layer_idx: int, place: int) -> int:
+    def _oldest(self, layer_idx: int, start: int) -> int:
         window = self.window(layer_idx)
-        return 0 if window is None else max(0, place - window + 1)
+        return 0 if window is None else max(0, start - window + 1)
 
     def crop(self, max_length: int) -> None:
         before = self.get_seq_length()
@@ -177,7 +177,7 @@ class DynamicCache(Cache):
 
     def _begin(self, keys: Tensor, values: Tensor) -> None:
         for tensors, first in ((self.keys, keys), (self.values, values)):
-            # Memory of their own, with room for what comes: as views they would keep the queries alive beside them.
+            # New memory with spare room: views would keep the memory of the fused projection alive, queries included.
             grows = torch.is_grad_enabled() and first.requires_grad
             room = (*first.shape[:2], first.shape[2] + self.SLACK, first.shape[3])
             tensors.append(first if grows else first.new_empty(room))
@@ -185,7 +185,7 @@ class DynamicCache(Cache):
         self.dropped.append(0)
 
     def _make_room(self, layer_idx: int, past: int, total: int) -> None:
-        """A buffer that holds `total` tokens; a new one as well where the old one is part of a gradient's graph."""
+        """Ensure room for `total` tokens; also reallocates a buffer that is part of an autograd graph."""
         full = total > self.keys[layer_idx].shape[2]
         if not full and not (torch.is_grad_enabled() and self.keys[layer_idx].requires_grad):
             return
@@ -198,7 +198,7 @@ class DynamicCache(Cache):
 
 
 class StaticCache(Cache):
-    """A cache of `max_cache_len` tokens, allocated at the first call and never moved again."""
+    """A cache of `max_cache_len` tokens, allocated at the first call, with fixed addresses."""
 
     def __init__(self, config: Any = None, max_cache_len: int = 0) -> None:
         super().__init__()
@@ -225,9 +225,9 @@ class StaticCache(Cache):
 
 
 def from_tuples(past: Sequence[tuple[Tensor, Tensor]], batch: int) -> tuple[DynamicCache, str]:
-    """A cache from either of the old tuple forms, and which form it was.
+    """A cache from one of the two tuple formats, and the name of the format.
 
-    "heads": keys and values (batch, heads, tokens, head_dim). "folded", of older pages: keys (batch * heads,
+    "heads": keys and values (batch, heads, tokens, head_dim). "folded", of earlier versions: keys (batch * heads,
     head_dim, tokens), values (batch * heads, tokens, head_dim).
     """
     first = past[0][0]
@@ -244,7 +244,7 @@ def from_tuples(past: Sequence[tuple[Tensor, Tensor]], batch: int) -> tuple[Dyna
 
 
 def to_tuples(cache: Cache, form: str) -> Legacy:
-    """The cache in the tuple form that it came in."""
+    """The cache in a tuple format (see `from_tuples`)."""
     layers = cache.to_legacy_cache()
     if form == "heads":
         return layers

@@ -1,7 +1,7 @@
-"""A call's arguments, checked before anything is computed with them: each fault is one sentence.
+"""Validation of a forward's arguments, with one error message per fault.
 
-Values are read of tensors on the CPU alone: for others the host would wait for the device at each token. What is
-compiled, traced or transformed has none.
+Values are checked for tensors on the CPU only, to avoid a synchronisation at each token, and not for compiled, traced
+or transformed calls, which have none.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ TENSORS = frozenset(
         "end_positions",
     }
 )
-INDICES = (torch.int64, torch.int32)  # what an embedding takes
+INDICES = (torch.int64, torch.int32)  # dtypes that an embedding takes
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """An argument that is True or False; TypeError for arrays, texts and the like."""
-    # NumPy's truth value, and a tracer's.
+    """An argument that is True or False. TypeError for arrays, strings and other objects."""
+    # Also NumPy's bool, and symbolic booleans.
     if isinstance(value, int) or type(value).__name__ in ("bool", "bool_", "SymBool"):
         return bool(value)
     raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
@@ -76,7 +76,7 @@ def check_tokens(spec: ArchSpec, ids: Tensor | None, embeds: Tensor | None) -> t
         raise ValueError(f"inputs_embeds must be (batch, tokens, {spec.width}), got {tuple(embeds.shape)}")
     if embeds is not None and not embeds.is_floating_point():
         raise ValueError(f"inputs_embeds must be floating-point numbers, got {embeds.dtype}")
-    if ids is not None and (ids.dim() != 2 or not whole(ids)):
+    if ids is not None and (ids.dim() != 2 or not is_integer(ids)):
         raise ValueError(f"input_ids must be integers (batch, tokens), got {ids.dtype} {tuple(ids.shape)}")
     if tokens.shape[0] == 0:
         raise ValueError("the input has no rows: give at least one sequence")
@@ -87,13 +87,13 @@ def check_tokens(spec: ArchSpec, ids: Tensor | None, embeds: Tensor | None) -> t
     return tokens.shape[0], tokens.shape[1], tokens.device
 
 
-def whole(x: Tensor) -> bool:
-    """Whether the numbers are whole; truth values are not."""
+def is_integer(x: Tensor) -> bool:
+    """Whether the dtype is an integer type; bool is not."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def as_indices(ids: Tensor) -> Tensor:
-    """Whole numbers of any type in one that an embedding takes: as indices, those of 8 bits would be a mask."""
+    """Integer ids in a dtype that an embedding takes; uint8 indices would be interpreted as a mask."""
     return ids if ids.dtype in INDICES else ids.long()
 
 
@@ -111,7 +111,7 @@ def check_ids(name: str, ids: Tensor, spec: ArchSpec) -> None:
 
 def check_types(types: Tensor, shape: tuple[int, int], spec: ArchSpec) -> None:
     """ValueError unless there is a token type, which is an id of the vocabulary, for each token."""
-    if not whole(types) or tuple(types.shape) != shape:
+    if not is_integer(types) or tuple(types.shape) != shape:
         raise ValueError(
             f"token_type_ids must be integers (batch, tokens) = {shape}, got {types.dtype} {tuple(types.shape)}"
         )
@@ -119,7 +119,7 @@ def check_types(types: Tensor, shape: tuple[int, int], spec: ArchSpec) -> None:
 
 
 def check_mask(mask: Tensor) -> None:
-    """ValueError for a mask of keys that holds numbers which stand neither for tokens nor for padding."""
+    """ValueError for a mask of keys with other values than those of tokens (1) and padding (0)."""
     if mask.device.type == "cpu" and mask.dtype != torch.bool and dispatch.readable(mask):
         mask = mask.detach()
         call_checks.check_mask((mask.float() if mask.dtype == torch.bfloat16 else mask).numpy())
@@ -136,13 +136,13 @@ def check_added_mask(mask: Tensor) -> None:
 
 
 def check_positions(spec: ArchSpec, positions: Tensor, batch: int, count: int) -> None:
-    """ValueError unless there is a whole number for each token, which the table of positions has, if there is one."""
+    """ValueError unless there is an integer for each token, within the table of positions if there is one."""
     rows = positions.shape[0] if positions.dim() == 2 else 1
     if not 1 <= positions.dim() <= 2 or positions.shape[-1] != count or rows not in (1, batch):
         raise ValueError(
             f"position_ids must be (batch, tokens) = ({batch}, {count}), got {tuple(positions.shape)}"
         )
-    if not whole(positions):
+    if not is_integer(positions):
         raise ValueError(f"position_ids must be integers, got {positions.dtype}")
     if positions.device.type != "cpu" or not dispatch.readable(positions):
         return
@@ -151,23 +151,23 @@ def check_positions(spec: ArchSpec, positions: Tensor, batch: int, count: int) -
 
 
 def check_cache_position(position: Tensor | None, past: int, count: int) -> None:
-    """Positions must follow the cache; anything else would be written to one place and seen from another."""
+    """ValueError unless the positions follow the cached tokens."""
     if position is None or not dispatch.readable(position):
         return
-    if not whole(position):
+    if not is_integer(position):
         raise ValueError(f"cache_position must be integers, got {position.dtype}")
     if position.shape != (count,) or int(position[0]) != past or int(position[-1]) != past + count - 1:
         got = brief(position.tolist()) if position.dim() == 1 else tuple(position.shape)
         raise ValueError(
             f"cache_position must be {past} to {past + count - 1}, the positions after {past} cached tokens, got "
-            f"{got}; crop() the cache to write at an earlier place"
+            f"{got}; crop() the cache to write at an earlier position"
         )
 
 
 def check_kept(keep: Any, count: int) -> None:
-    """ValueError for logits_to_keep that is neither how many of the last of `count` tokens, nor the places of some."""
+    """ValueError for logits_to_keep that is neither a number of last tokens nor indices (n,) of the `count` tokens."""
     if isinstance(keep, Tensor):
-        if not whole(keep) or keep.dim() != 1:
+        if not is_integer(keep) or keep.dim() != 1:
             raise ValueError(
                 f"logits_to_keep must be how many of the last tokens, or positions of tokens (n,), got {keep.dtype} "
                 f"{tuple(keep.shape)}"
@@ -183,8 +183,8 @@ def check_kept(keep: Any, count: int) -> None:
 
 
 def check_count(count: Any) -> Any:
-    """`num_items_in_batch`, or 1 where it is 0: the sum of no losses is divided by something. ValueError for what is no
-    number above that."""
+    """`num_items_in_batch`, or 1 instead of 0, by which an empty sum of losses is divided. ValueError for anything but
+    a number of at least 0."""
     if isinstance(count, Tensor):
         if count.numel() != 1 or count.dtype == torch.bool or count.is_complex():
             raise ValueError(f"num_items_in_batch must be one number, got {count.dtype} {tuple(count.shape)}")
@@ -197,8 +197,8 @@ def check_count(count: Any) -> Any:
 
 
 def check_chosen(tokens: Tensor, batch: int, count: int) -> None:
-    """ValueError unless mc_token_ids are a place in the text for each row."""
-    if not whole(tokens) or tokens.numel() != batch:
+    """ValueError unless mc_token_ids are an index of a token for each row."""
+    if not is_integer(tokens) or tokens.numel() != batch:
         raise ValueError(
             f"mc_token_ids must be an integer for each of the {batch} rows, got {tokens.dtype} "
             f"{tuple(tokens.shape)}"

@@ -23,7 +23,7 @@ pytree.register_outputs()
 
 @functools.cache
 def make_base_class(name: str) -> type[PreTrainedModel]:
-    """The base of a family's classes, which holds what they have in common: `<stem>PreTrainedModel`."""
+    """The base of a family's classes, with their common attributes: `<stem>PreTrainedModel`."""
     return classes.new_base(name, "", (PreTrainedModel, Construction))
 
 
@@ -59,7 +59,7 @@ def blank(name: str) -> PreTrainedModel:
 
 
 def _signature(row: ModelClass) -> inspect.Signature:
-    """Of the constructor: what a class has no use for is not shown."""
+    """The constructor's signature, without arguments that the class does not use."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     names = [inspect.Parameter("config", kind)]
     if row.head == "pooler":
@@ -71,10 +71,10 @@ def _tied(family: Family, row: ModelClass) -> dict[str, str] | None:
     """transformers' declaration: second name -> the parameter that it shares, if the config ties them."""
     if row.head is None or KINDS[row.head].size != "vocab":
         return None
-    places = {role: ".".join(path) for role, path in family.tree(family.config()).paths()}
+    paths = {role: ".".join(path) for role, path in family.tree(family.config()).paths()}
     heads = dict(ModuleSpec("", "", family.heads[row.head]).paths())
     out = ".".join(heads["head_out"])
-    tied = {f"{out}.weight": f"{family.prefix}.{places['embed']}.weight"}
+    tied = {f"{out}.weight": f"{family.prefix}.{paths['embed']}.weight"}
     if "lm_head" in heads:
         tied[f"{out}.bias"] = f"{out.rpartition('.')[0]}.bias"
     return tied
@@ -88,7 +88,7 @@ def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
 def _forward(row: ModelClass, headed: bool) -> Callable[..., Any]:
     """The common forward under the class's own signature."""
     common = PreTrainedModel.forward_headed if headed else PreTrainedModel.forward_bare
-    # A copy of the function, so that a call takes no frame more.
+    # A copy of the function, to avoid an additional stack frame.
     forward = types.FunctionType(
         common.__code__, common.__globals__, "forward", common.__defaults__, common.__closure__
     )

@@ -1,4 +1,4 @@
-"""Two checkpoints as PyTorch models, on the same random prompts."""
+"""Compares the logits of two checkpoints on the same random prompts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def _run(checkpoint: Checkpoint, prompts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model: by `from_pretrained` where the checkpoint is the hub's, else of its weights one by one."""
+    """The model: by `from_pretrained` where the checkpoint is in transformers' format, else from its weights one by
+    one."""
     made = make_class(checkpoint.row.name)
     if checkpoint.hub is not None:
         # A copy: from_pretrained notes the type in its config.

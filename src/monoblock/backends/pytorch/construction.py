@@ -1,4 +1,4 @@
-"""Models made from a config alone, with the dtype and the attention kernel that the caller names."""
+"""Models with random weights from a config, with optional dtype and attention implementation."""
 
 from __future__ import annotations
 

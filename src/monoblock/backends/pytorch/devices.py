@@ -1,4 +1,4 @@
-"""Where weights go: one device, or several through accelerate."""
+"""Placement of weights: on one device, or on several through accelerate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Placement:
         self.offload_folder = offload_folder
         if max_memory is not None and not isinstance(device_map, str):
             raise ValueError(
-                'max_memory is for device_map="auto" and its like: it says nothing about a given map'
+                'max_memory is for device_map="auto" and its like: it has no effect on an explicit map'
             )
         self.map: dict[str, torch.device] = {}
         self.disk: set[str] = set()
@@ -45,11 +45,11 @@ class Placement:
         if on_disk and self.offload_folder is None:
             raise ValueError(f"device_map puts {on_disk[0]!r} on the disk: give offload_folder= as well")
         self.disk = set(on_disk)
-        # What goes to the disk is read into memory first; accelerate writes it.
+        # Weights for the disk are read into memory first; accelerate writes them.
         return {name: _device("cpu" if name in self.disk else device) for name, device in device_map.items()}
 
     def device(self, path: str) -> torch.device:
-        """Where the parameter of that name in the model goes."""
+        """The device of the parameter of that name."""
         if not self.map:
             return self.default
         fits = [name for name in self.map if name == "" or path == name or path.startswith(name + ".")]

@@ -1,7 +1,7 @@
-"""transformers' own cache objects as `past_key_values`: read into a cache of ours, and filled in turn as transformers'
-models fill them.
+"""transformers' cache objects as `past_key_values`: converted to a cache of monoblock, and updated as transformers'
+models do.
 
-They are told by the names of their classes, so that transformers is not imported.
+They are recognised by class name, so that transformers is not imported.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def is_foreign(past: Any) -> bool:
 def from_foreign(past: Any, windows: Sequence[int | None]) -> DynamicCache:
     """A cache with the contents of transformers' DynamicCache; ValueError for its other caches.
 
-    `windows`: how many keys a token of each of the model's layers sees (None: all).
+    `windows`: the attention window of each layer (None: all keys).
     """
     layers: list[Any] | None = getattr(past, "layers", None)
     if layers is None or any(type(layer).__name__ not in LAYERS for layer in layers):
         raise ValueError(
-            f"past_key_values is transformers' {type(past).__name__}: of its caches only a DynamicCache of the version "
-            "5 is taken, neither static nor quantised; give a cache of monoblock's"
+            f"past_key_values is transformers' {type(past).__name__}: only its DynamicCache of version 5 is supported, "
+            "neither static nor quantised; give a cache of monoblock"
         )
     if len(layers) not in (0, len(windows)):
         raise ValueError(f"past_key_values has {len(layers)} layers, but the model has {len(windows)}")
@@ -41,8 +41,8 @@ def from_foreign(past: Any, windows: Sequence[int | None]) -> DynamicCache:
         held = layer.keys.shape[2]
         if held < length and (window is None or held < window - 1):
             raise ValueError(
-                f"past_key_values has kept {held} of {length} tokens in layer {i}, where a token of this model sees "
-                f"{'all' if window is None else window}: make the cache with this model's config"
+                f"past_key_values has kept {held} of {length} tokens in layer {i}, where a token of this model "
+                f"attends to {'all' if window is None else window}: make the cache with this model's config"
             )
         if len(cache) < i:
             raise ValueError(f"past_key_values has tokens in layer {i}, but none in layer {len(cache)}")
@@ -52,7 +52,7 @@ def from_foreign(past: Any, windows: Sequence[int | None]) -> DynamicCache:
 
 
 def fill_foreign(past: Any, cache: DynamicCache) -> None:
-    """Make transformers' DynamicCache hold what the cache of ours that was made from it holds by now."""
+    """Update transformers' DynamicCache from the cache that `from_foreign` created from it."""
     for i, (keys, values) in enumerate(cache):
         if i >= len(past.layers) or not past.layers[i].is_initialized:
             past.update(keys, values, i)

@@ -1,4 +1,4 @@
-"""Every head kind and its loss, once. Shape suffixes: b batch, s tokens, w width, v outputs."""
+"""The heads of all kinds and their losses. Shape suffixes: b batch, s tokens, w width, v outputs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ KINDS_OF_PARTS: dict[str, type[Part]] = {
 
 
 def logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped as the spec says."""
+    """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped according to the
+    spec."""
     for container in ("lm_head", "classifier_head"):
         if model.has(container):
             return _scaled(model, model.role(container)(hidden))
@@ -99,26 +100,26 @@ def last_tokens(
 ) -> Tensor:
     """The hidden state (b, w) of each row's last token.
 
-    That is the last one that is not the pad token, of those that the attention mask keeps if there is one; a row of pad
-    tokens ends where its mask does. By `head.last_by` the mask alone may decide: it tells padding from a real token of
-    the same id. Of embeddings it always does; with neither, it is the last place.
+    That is the last unmasked token that is not the pad token; in a row of pad tokens, the last unmasked one. With
+    `head.last_by` other than "pad_id" the attention mask alone decides, which distinguishes padding from a real token
+    of the same id; so it does for embeddings. Without ids and mask, it is the last position.
     """
     b, s = hidden_bsw.shape[:2]
-    text = None if input_ids is None or head.pad_id is None else input_ids != head.pad_id
+    not_pad = None if input_ids is None or head.pad_id is None else input_ids != head.pad_id
     kept = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, -s:] != 0
-    if (real := text if kept is None else kept) is None:
+    if (real := not_pad if kept is None else kept) is None:
         return hidden_bsw[:, -1]
-    places = torch.arange(1, s + 1, device=hidden_bsw.device)
-    rank = places * real.to(places.device)
-    if kept is not None and text is not None and head.last_by == "pad_id":
-        rank = rank + s * (kept & text).to(places.device)
+    rank = torch.arange(1, s + 1, device=hidden_bsw.device)
+    rank = rank * real.to(rank.device)
+    if kept is not None and not_pad is not None and head.last_by == "pad_id":
+        rank = rank + s * (kept & not_pad).to(rank.device)
     return hidden_bsw[torch.arange(b, device=rank.device), rank.argmax(-1)]
 
 
 def _described(name: str, labels: Tensor) -> Labels:
-    """Labels for the checks; values of those on the CPU alone, for others the host would wait."""
-    seen = labels.device.type == "cpu" and not labels.is_floating_point() and dispatch.readable(labels)
-    values = labels.numpy() if seen else None
+    """Labels for the checks; with values only if on the CPU, to avoid a synchronisation."""
+    on_host = labels.device.type == "cpu" and not labels.is_floating_point() and dispatch.readable(labels)
+    values = labels.numpy() if on_host else None
     return Labels(name, labels.shape, str(labels.dtype).removeprefix("torch."), values)
 
 
@@ -166,7 +167,7 @@ def sequence_loss(logits_bv: Tensor, labels: Tensor, problem_type: str | None, c
 
 
 def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, count: Count = None) -> Tensor:
-    """The mean of two cross-entropies over the tokens; positions outside the text are ignored."""
+    """The mean of two cross-entropies over the tokens; positions outside the sequence are ignored."""
     length = start_bs.shape[1]
 
     def one(logits: Tensor, positions: Tensor) -> Tensor:
@@ -174,8 +175,8 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
         outside = (positions < 0) | (positions >= length)
         return _cross_entropy(logits, positions.masked_fill(outside, IGNORED), count)
 
-    for name, places in (("start_positions", starts), ("end_positions", ends)):
-        check_token_positions(_described(name, places), start_bs.shape[0])
+    for name, positions in (("start_positions", starts), ("end_positions", ends)):
+        check_token_positions(_described(name, positions), start_bs.shape[0])
     return (one(start_bs, starts) + one(end_bs, ends)) / 2
 
 
@@ -236,7 +237,7 @@ def _double(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
         loss = causal_loss(words, labels.reshape(-1, labels.shape[-1]), count)
     scores = (scores.view(-1, choices, *scores.shape[1:]) if given["nested"] else scores).squeeze(-1)
     if (mc_labels := given.get("mc_labels")) is not None:
-        # Rows without an axis of choices are the choices of one text.
+        # Without an axis of choices, the rows are the choices of one example.
         choices_bv = scores if scores.dim() > 1 else scores[None]
         mc_loss = cross_entropy(choices_bv, mc_labels, count, "mc_labels")
     words = words.view(-1, choices, *words.shape[1:]) if given["nested"] else words

@@ -1,4 +1,4 @@
-"""From a forward's arguments to what the backbone needs: checked ids, masks, positions and the cache."""
+"""Converts a forward's arguments to the ForwardContext of the blocks: masks, positions, documents and the cache."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ log = logging.getLogger("monoblock")
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning the first time that it comes."""
+    """Log a warning once per message."""
     log.warning(message)
 
 
 @dataclass
 class Inputs:
-    """A checked call: the tokens' shape, the call for the blocks, and the form of the cache that came in: the kind of
-    tuples, or transformers' cache object."""
+    """The context for the blocks, and the form in which the cache was passed: a tuple format, or transformers'
+    object."""
 
     context: ForwardContext
     form: Any
 
     def past(self) -> Any:
-        """The cache in the form that it came in."""
+        """The cache in the form in which it was passed."""
         return in_form(self.context.cache, self.form)
 
 
 def prepare(
     spec: ArchSpec, shape: tuple[int, int, torch.device], given: dict[str, Any], use_cache: bool
 ) -> Inputs:
-    """The call for the blocks. `given` holds the forward's arguments by name."""
+    """The context for the blocks. `given`: the forward's arguments by name. ValueError: an invalid argument."""
     batch, count, device = shape
     if (positions := given.get("position_ids")) is not None:
         checked.check_positions(spec, positions, batch, count)
@@ -85,9 +85,9 @@ def prepare(
 
 
 def _counted(spec: ArchSpec, valid_bk: Tensor, index_k: Tensor) -> Tensor:
-    """(b, k), the position of each token. Tokens are counted without padding, so that a row of a batch is the text
-    alone; padding after them goes on from the row's first token, as in transformers: a span's loss reads its logits.
-    Angles that go by a row's length take the last token's position there."""
+    """(b, k), the position of each token. Padding is not counted, so that a row of a batch has the positions of the
+    sequence alone; right padding continues from the row's first token, as in transformers, since losses of spans read
+    its logits. With dynamic RoPE, which depends on a row's length, right padding has the last token's position."""
     counted = (valid_bk.long().cumsum(-1) - 1).clamp(min=0)
     if is_dynamic(spec.position(Rotary)):
         return counted
@@ -100,8 +100,8 @@ def _counted(spec: ArchSpec, valid_bk: Tensor, index_k: Tensor) -> Tensor:
 def _positions(
     spec: ArchSpec, given: dict[str, Any], counted_bs: Tensor, total: int, *, documents: bool
 ) -> Tensor:
-    """The position of each token that comes in: as given, else counted; an index of the table if there is one. `total`
-    tokens, the past among them, have no higher count. `documents`: counted in each document of a packed row."""
+    """The position of each new token: as given, else counted; an index of the table if there is one. `total`: the
+    number of tokens, the cached ones included. `documents`: positions are counted per document of a packed row."""
     learned, ids = spec.position(Learned), given.get("input_ids")
     positions = given.get("position_ids")
     if positions is not None:
@@ -116,7 +116,7 @@ def _positions(
     if learned is None or not dispatch.readable(positions):
         return positions
     if given.get("position_ids") is None and total + learned.offset <= learned.size:
-        return positions  # reading the highest would make the host wait for the device at each token
+        return positions  # reading the maximum would synchronise with the device at each token
     if int(positions.max()) >= learned.size:
         room, needed = learned.size - learned.offset, int(positions.max()) + 1 - learned.offset
         raise ValueError(
@@ -126,7 +126,7 @@ def _positions(
 
 
 def _head_mask(spec: ArchSpec, mask: Tensor | None) -> Tensor | None:
-    """(layers, 1, h, 1, 1) from the hub's (heads,) or (layers, heads)."""
+    """(layers, 1, h, 1, 1) from transformers' (heads,) or (layers, heads)."""
     if mask is None:
         return None
     heads = spec.attention.heads
@@ -138,7 +138,7 @@ def _head_mask(spec: ArchSpec, mask: Tensor | None) -> Tensor | None:
 
 
 def in_form(cache: Cache | None, form: Any) -> Any:
-    """The cache as its caller gave it: as it is, as tuples, or in transformers' object, which is filled."""
+    """The cache in the form in which it was passed: itself, tuples, or transformers' object, which is updated."""
     if cache is None or form is None:
         return cache
     if isinstance(form, str):
@@ -149,7 +149,7 @@ def in_form(cache: Cache | None, form: Any) -> Any:
 
 
 def cache_of(past: Any, spec: ArchSpec, batch: int) -> tuple[Cache, Any]:
-    """The cache that `past_key_values` are, and the form in which they came; see `in_form`."""
+    """The cache of `past_key_values`, and the form in which it was passed; see `in_form`."""
     if isinstance(past, Cache):
         return past, None
     if is_foreign(past):
@@ -202,13 +202,13 @@ def _masks(
 
 # ---------------------------------------------------------------------------- packed documents
 
-# Keywords of every forward that say where the documents of a packed row begin and end.
+# Keywords of every forward for the boundaries of the documents in packed rows.
 PACKED = ("sequence_id", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _lengths(given: dict[str, Any], shape: tuple[int, int, torch.device], past: int) -> Tensor | None:
-    """Where each document of one flattened row begins, and the row's end: `cu_seq_lens_q`, which must be
-    `cu_seq_lens_k`. The longest lengths follow from them."""
+    """The offsets of the documents in one flattened row, and its end: `cu_seq_lens_q`, which must equal
+    `cu_seq_lens_k`. The maximum lengths are checked against them."""
     both = [given.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
     longest = [x for x in (given.get("max_length_q"), given.get("max_length_k")) if x is not None]
     found = [x for x in both if x is not None]
@@ -260,8 +260,8 @@ def _segments(
     shape: tuple[int, int, torch.device],
     total: int,
 ) -> Tensor | None:
-    """(b, past + count), a number for each document of packed rows: by `cu_seq_lens_q`, else by positions that begin
-    anew; and by `sequence_id`. None: one document."""
+    """(b, past + count), the document id of each token of packed rows: by `cu_seq_lens_q`, else by positions that
+    restart; and by `sequence_id`. None: one document."""
     batch, count, device = shape
     document = None
     positions = given.get("position_ids")
@@ -285,8 +285,8 @@ def _segments(
 
 
 def _restarts(spec: ArchSpec, positions_bs: Tensor, valid: Tensor | None) -> Tensor | None:
-    """The number of each token's document, where a position that is no higher than the last begins one. None: none
-    does so. Positions of padding mean nothing."""
+    """The document id of each token: a position that is not higher than the previous one begins a document. None: there
+    is one document. Positions of padding are ignored."""
     before, here = positions_bs[:, :-1], positions_bs[:, 1:]
     begins = here <= before
     learned = spec.position(Learned)
@@ -300,7 +300,7 @@ def _restarts(spec: ArchSpec, positions_bs: Tensor, valid: Tensor | None) -> Ten
 
 
 def flattened(given: dict[str, Any]) -> dict[str, Any]:
-    """Choices as rows: (batch, choices, tokens) becomes (batch * choices, tokens); what has rows already stays.
+    """Choices as rows: (batch, choices, tokens) becomes (batch * choices, tokens); other shapes are unchanged.
 
     Adds "choices" and "nested".
     """

@@ -1,4 +1,4 @@
-"""The modules that hold no others: norms, activations, RoPE, matrices. Which one a role needs, the spec says."""
+"""Modules without submodules: norms, activations, RoPE, matrices, embeddings; `Leaves` creates the one of a role."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from monoblock.spec import ACTIVATIONS, ArchSpec, Learned, Norm, Rotary
 
 
 class RMSNorm(Named, nn.RMSNorm):
-    """PyTorch's module; the native kernel where that can be used on a prompt."""
+    """PyTorch's module, with the native kernel for prompts where it is usable."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None
@@ -31,7 +31,7 @@ class RMSNorm(Named, nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's module; the native kernel where that can be used on a prompt."""
+    """PyTorch's module, with the native kernel for prompts where it is usable."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-2] > 1 and native_ops.usable(input, self.weight, self.bias):
@@ -40,7 +40,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Activation(Named):
-    """An elementwise activation, by the spec's name; transformers' class names."""
+    """An elementwise activation by its name in the spec; classes get transformers' names (`NAMES`)."""
 
     def __init__(self, act: str) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Activation(Named):
 
 
 class RotaryEmbedding(Named):
-    """cos and sin of the angles by which RoPE rotates, of positions (b, s): two tensors (b, 1, s, channels)."""
+    """cos and sin of the RoPE angles of positions (b, s): two tensors (b, 1, s, channels)."""
 
     def __init__(self, rotary: Rotary) -> None:
         super().__init__()
@@ -67,11 +67,10 @@ class RotaryEmbedding(Named):
 
 
 class Conv1D(nn.Module):
-    """`x @ weight + bias` with a weight (inputs, outputs), whose memory lies outputs x inputs, as products want it,
-    until it is sharded.
+    """`x @ weight + bias` with a weight (inputs, outputs), stored transposed in memory, as products need it, until it
+    is sharded.
 
-    To libraries that ask, it is an instance of transformers' Conv1D, once that is imported: adapters choose their layer
-    by it.
+    isinstance() reports transformers' Conv1D once that is imported: adapters choose their layer class by it.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
@@ -87,17 +86,17 @@ class Conv1D(nn.Module):
         return Conv1D if theirs is None else theirs.Conv1D
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # `__class__` may say another class than the one to make again.
+        # `__class__` may be transformers' class.
         return Conv1D.__new__, (Conv1D,), self.__dict__.copy()
 
     @property
     def in_features(self) -> int:
-        """The width of what comes in."""
+        """The number of inputs."""
         return self.nx
 
     @property
     def out_features(self) -> int:
-        """The width of what comes out."""
+        """The number of outputs."""
         return self.nf
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,8 +106,8 @@ class Conv1D(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As `torch.nn.Module`'s. In a group of processes, FSDP asks each module for its own parameters alone, to shard
-        them, which takes memory in the order of the axes: with `recurse=False` the weight is laid so first."""
+        """As `torch.nn.Module`'s. FSDP calls it with `recurse=False` before it shards a module's parameters, which must
+        be contiguous: in a process group the weight is made contiguous first."""
         grouped = not recurse and torch.distributed.is_available() and torch.distributed.is_initialized()
         if grouped and type(self.weight) is nn.Parameter and not self.weight.is_contiguous():
             self.weight.data = self.weight.data.contiguous()
@@ -116,7 +115,7 @@ class Conv1D(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:  # files hold tensors in the order of their axes
+        if not keep_vars:  # files store contiguous tensors
             destination[prefix + "weight"] = destination[prefix + "weight"].contiguous()
 
     def extra_repr(self) -> str:
@@ -142,7 +141,7 @@ def make_norm(norm: Norm, width: int, name: str | None = None) -> nn.Module:
 
 
 class Leaves:
-    """Makes the module of a role; None where the model has none of it."""
+    """Creates the module of a role; None if the model has none."""
 
     def __init__(self, spec: ArchSpec, head: HeadSpec | None) -> None:
         self.spec, self.head = spec, head
@@ -175,7 +174,7 @@ class Leaves:
                 raise ValueError(f"no module plays the role {role!r}")
 
     def _padding(self, role: str) -> int | None:
-        """The row of a table that is not trained: padding that is told by its id, and its position."""
+        """The row of an embedding that gets no gradient: the padding token, and its position."""
         learned = self.spec.position(Learned)
         if learned is None or learned.pad_id is None:
             return None

@@ -1,7 +1,7 @@
-"""Weights from a checkpoint's files into a model whose parameters have no memory yet (on the meta device).
+"""Loads a checkpoint's weights into a model on the meta device.
 
-A tensor whose dtype and layout fit becomes the parameter as it lies in the mapped file; any other is written
-into its final memory piece by piece. There is never a second copy of the model.
+A tensor of matching dtype and layout becomes the parameter without a copy, memory-mapped from the file; any other is
+copied into newly allocated memory, one tensor at a time. There is never a second copy of the model in memory.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ DTYPES = {
     name: getattr(torch, name)
     for name in ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2")
 }
-MANY = 100_000_000  # weights, which take a second or more to pack
+MANY = 100_000_000  # weights from which quantisation takes a second or more
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Uninitialised(TorchFunctionMode):
-    """Skips `torch.nn.init`, whose results are thrown away where parameters have no memory yet.
+    """Skips the functions of `torch.nn.init` for parameters on the meta device.
 
-    Not only to save work: on the meta device, `normal_` makes PyTorch import its compiler, which takes a second.
+    On the meta device, `normal_` would also make PyTorch import its compiler, which takes a second.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,8 +50,8 @@ class Uninitialised(TorchFunctionMode):
 
 
 def new_parameters_device() -> torch.device:
-    """Where a module's new parameters go: PyTorch's default device, unless something like accelerate's
-    `init_empty_weights` puts them elsewhere while they are registered."""
+    """The device of newly registered parameters: PyTorch's default, unless a patch such as accelerate's
+    `init_empty_weights` moves them at registration."""
     probe = nn.Module()
     probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
     return probe.get_parameter("probe").device
@@ -90,11 +90,11 @@ def load(
     strict: bool = True,
 ) -> LoadReport:
     """Fill the model. `own`: canonical name -> the parameters of the model that hold it; `shapes` are the
-    canonical ones; `device` says where each parameter goes. `put` takes each tensor by its name in the model, if
-    it is not just to become the parameter.
+    canonical ones; `device` maps a parameter to its device. `put` (path, tensor) replaces the assignment to the
+    parameter.
 
-    MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first offender and the nearest known name.
-    A head that the files lack is left to be made anew, and reported.
+    MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first such tensor and the nearest known name.
+    A head that is missing in the files is reported, for the caller to initialise.
     """
     sources, report = match_tensors(
         store,
@@ -105,10 +105,10 @@ def load(
         ignored=ignored,
         strict=strict,
     )
-    for canonical, source in _watched(sources, shapes) if put else sources.items():
+    for canonical, source in _with_progress(sources, shapes) if put else sources.items():
         here = own[canonical]
         if put is not None and isinstance(here.op, Split) and source.op == here.op:
-            # One at a time, so that no two plain matrices are held while they are packed.
+            # One at a time, so that only one unquantised matrix is in memory.
             for i, (name, size) in enumerate(zip(here.names, here.op.sizes, strict=True)):
                 one = TensorSource(source.names[i : i + 1], Same())
                 put(name, read(one, store, (size, *shapes[canonical][1:]), dtype, device(name)))
@@ -123,7 +123,7 @@ def load(
 
 @dataclass
 class ParameterTensors:
-    """A canonical tensor as a model's own parameters; `whole`: the one that several of them lie in, side by side."""
+    """A canonical tensor as the model's parameters; `whole`: the fused tensor of which they are views."""
 
     parts: list[Tensor]
     whole: Tensor | None = None
@@ -137,14 +137,14 @@ def parameter_tensors(
     dtype: torch.dtype,
     device: torch.device,
 ) -> ParameterTensors:
-    """A canonical tensor out of the files, as the model's own parameters have it."""
+    """Read a canonical tensor from the files as the model's parameters."""
     if isinstance(own.op, PerHead) and source.op == own.op:
         return ParameterTensors([read(TensorSource(source.names, Same()), store, shape, dtype, device)])
     return as_parameters(own, read(source, store, shape, dtype, device))
 
 
 def as_parameters(own: TensorSource, whole: Tensor) -> ParameterTensors:
-    """A canonical tensor as the model's own parameters."""
+    """Split a canonical tensor into the model's parameters."""
     match own.op:
         case Split(sizes=sizes):
             return ParameterTensors(views(whole, sizes), whole)
@@ -155,17 +155,17 @@ def as_parameters(own: TensorSource, whole: Tensor) -> ParameterTensors:
 
 
 def register_fused(model: Any, names: Sequence[str], whole: Tensor) -> None:
-    """Tell the part that holds these parameters that they lie in one whole."""
+    """Record in the part that contains these parameters that they are views of one fused tensor."""
     owner, leaf, kind = names[0].rsplit(".", 2)
     part = model.get_submodule(owner)
     role = next(role for role, name in part.roles.items() if name == leaf)
     part.fused_tensors.setdefault(role, {})[kind] = whole
 
 
-def _watched(
+def _with_progress(
     sources: Mapping[str, TensorSource], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, TensorSource]]:
-    """The sources, with a bar at a terminal where there is enough to pack that one waits for it."""
+    """The sources, with a progress bar at a terminal if quantisation takes long."""
     from monoblock.pipelines.progress import with_progress_bar
 
     many = sum(prod(shapes[name]) for name in sources) > MANY
@@ -183,7 +183,7 @@ def assign(model: nn.Module, path: str, tensor: Tensor) -> None:
 def read(
     source: TensorSource, store: Tensors, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A canonical tensor out of the files: as it lies there if it can be, else assembled in its final memory."""
+    """Read a canonical tensor from the files: memory-mapped if possible, else copied into new memory."""
     plain = device.type == "cpu" and all(_stored(store, name) == dtype for name in source.names)
     if plain and isinstance(source.op, Same):
         # A transposed view, of another framework's file, becomes an ordinary parameter.
@@ -202,7 +202,7 @@ def read(
 
 
 def _stored(store: Tensors, name: str) -> torch.dtype | None:
-    """The dtype in the file, if PyTorch has it."""
+    """The dtype in the file, or None if PyTorch does not have it."""
     return getattr(torch, DTYPE_NAMES[store.dtype(name)], None)
 
 
@@ -218,16 +218,14 @@ def split_state(
     tied: Iterable[str],
     strict: bool,
 ) -> dict[str, Tensor] | None:
-    """A state dict of any spelling by the model's own names; None if it is not of this family at all, or (not `strict`)
-    holds more than that. CheckpointError says what does not fit."""
+    """A state dict of any known naming scheme, by the model's own names; None if it is not of this family, or (not
+    `strict`) has unknown names. CheckpointError: an unknown name or shape."""
     plan = keymap.match(shapes, state, tied)
     bad = plan.unknown or plan.unread
     if not plan.sources or (bad and not strict):
         return None
     if bad:
-        raise CheckpointError(
-            f"the state dict holds {bad[0]}{_others(bad)}, for which this model has no place"
-        )
+        raise CheckpointError(f"the state dict holds {bad[0]}{_others(bad)}, which this model does not have")
     found: dict[str, Tensor] = {}
     for name, source in plan.sources.items():
         given = [state[key] for key in source.names]

@@ -3,9 +3,9 @@
     x -> norm1 -> attention -> + -> norm2 -> MLP -> +      (placement "pre")
     x -> attention -> + -> norm1 -> MLP -> + -> norm2      (placement "post")
 
-Each part looks its modules up by role at every call, so that whatever was replaced, wrapped or hooked is
-honoured; the module tree (names, classes, what holds what) is the family's table. Shape suffixes: b batch, s
-tokens, w width, h heads, g key/value heads, d head width.
+Each part looks up its submodules by role at every call, so that replaced, wrapped and hooked modules take effect.
+The module tree (names, classes, nesting) comes from the family's table. Shape suffixes: b batch, s tokens, w width, h
+heads, g key/value heads, d head width.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from monoblock.spec import Alibi, ArchSpec, Buckets, Rotary
 
 @dataclass
 class ForwardContext:
-    """What one forward pass gives to every block.
+    """The inputs of one forward pass that all blocks share.
 
-    Positions, of the tokens that come in and of all keys; a first axis of 1 stands for all rows. `head_mask`
-    (layers, 1, h, 1, 1) scales each head's weights. Layers append to `attentions` and `hidden_states`, where
-    those are lists. `checkpointing`: keywords of `torch.utils.checkpoint.checkpoint`, where activations are
-    computed again in the backward pass. `keep`: so many last tokens are what is asked for. `one_token` takes the
-    place of all between the projections of an attention: positions, cache and kernel.
+    `positions_bs` are those of the new tokens, `key_positions_bk` those of all keys; a first axis of 1 broadcasts over
+    the rows. `head_mask` (layers, 1, h, 1, 1) scales each head's weights. Layers append to `attentions` and
+    `hidden_states` if those are lists. `checkpointing`: keywords of `torch.utils.checkpoint.checkpoint`, if activations
+    are recomputed in the backward pass. `keep`: only the last `keep` tokens of the output are needed. `one_token`
+    replaces everything between the projections of an attention layer: RoPE, cache and kernel.
     """
 
     scope: Scope
@@ -56,11 +56,12 @@ class ForwardContext:
     one_token: Callable[[Attention, Tensor, Tensor, Tensor], Tensor] | None = None
 
     def kept(self, x: Tensor) -> Tensor:
-        """Those of the tokens (b, s, ..) that are asked for."""
+        """The last `keep` tokens of x (b, s, ..)."""
         return x if self.keep is None else x[:, -self.keep :]
 
     def after(self, given: Any) -> Tensor:
-        """The hidden states that a layer gives, alone or first in a tuple; noted where they are asked for."""
+        """The hidden states of a layer's output (a tensor, or first in a tuple); appended to `hidden_states` if
+        requested."""
         x = given[0] if isinstance(given, (tuple, list)) else given
         if self.hidden_states is not None:
             self.hidden_states.append(x)
@@ -74,20 +75,20 @@ class Attention(Part):
     """Self-attention with grouped heads, clipping, q/k norms, RoPE, ALiBi and windows."""
 
     def prepare(self, spec: ArchSpec, layer: int) -> None:
-        """What this layer computes."""
+        """Read this layer's options from the spec."""
         self.spec, self.layer, self.window = spec.attention, layer, spec.windows[layer]
         att = spec.attention
         self.sizes = [att.heads * att.head_dim, att.kv_heads * att.head_dim, att.kv_heads * att.head_dim]
         self.by_head = att.qk_norm is not None and att.qk_norm.span == "head"
         rotary = spec.position(Rotary)
-        # Dynamic scaling rotates all keys by angles that change with the length: such keys are cached before RoPE.
+        # With dynamic scaling the angles of all keys change with the length: keys are cached before RoPE.
         self.late_rotary = rotary if is_dynamic(rotary) else None
         self.kernel = Kernel(scale=att.scale, softcap=att.softcap, dropout=spec.dropout.attention)
         self.kernel_at_rest = replace(self.kernel, dropout=0.0)
         self.implementation = "sdpa"
 
     def forward(self, x_bsw: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
-        if self.has("qkv_by_head"):  # each head's query, key and value lie together
+        if self.has("qkv_by_head"):  # a head's query, key and value are adjacent
             qkv = self.role("qkv_by_head")(x_bsw).unflatten(-1, (self.spec.heads, 3, self.spec.head_dim))
             q, k, v = qkv.unbind(3)
         else:
@@ -105,7 +106,7 @@ class Attention(Part):
         return (self.role("out_drop")(y) if self.has("out_drop") else y), weights
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed, of projections (b, s, h * d) or
+        """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed, from projections (b, s, h * d) or
         (b, s, h, d)."""
         att = self.spec
         if att.clip is not None:
@@ -120,8 +121,7 @@ class Attention(Part):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor | None]:
-        """Positions, cache and kernel: what the heads give, (b, s, h * d), and their weights where they are asked
-        for."""
+        """RoPE, cache and kernel: the heads' output (b, s, h * d), and the attention weights if requested."""
         if context.cos is not None and context.sin is not None:
             q = rotate(q, context.cos, context.sin)
             k = k if self.late_rotary else rotate(k, context.cos, context.sin)
@@ -139,7 +139,7 @@ class Attention(Part):
         else:
             out, weights = attention.IMPLEMENTATIONS[self.implementation](q, k, v, scope, kernel), None
         if context.head_mask is not None:
-            # A factor on a head's weights is one on its output.
+            # Scaling a head's weights scales its output.
             out = out * context.head_mask[self.layer]
             weights = None if weights is None else weights * context.head_mask[self.layer]
         if context.attentions is not None and weights is not None:
@@ -148,7 +148,7 @@ class Attention(Part):
 
 
 class Wrapper(Part):
-    """Calls the attention that it holds."""
+    """Calls the attention module that it contains."""
 
     def forward(self, x_bsw: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
         return self.role("attention")(x_bsw, context)
@@ -166,10 +166,10 @@ class AttentionNorm(Part):
 
 
 class Mlp(Part):
-    """`down(act(up(x)))`, or gated: `down(act(gate(x)) * up(x))`; with dropout and added, where a residual is given."""
+    """`down(act(up(x)))`, or gated: `down(act(gate(x)) * up(x))`; with a residual, plus dropout and addition."""
 
     def prepare(self, spec: ArchSpec, layer: int) -> None:
-        """What this layer computes."""
+        """Read the MLP's options from the spec."""
         del layer
         self.gated, self.residual_dropout = spec.mlp.gated, spec.dropout.residual
 
@@ -217,7 +217,7 @@ class Block(Part):
     """Attention and MLP, each with its residual; the norm before the sub-layer or after the sum."""
 
     def prepare(self, spec: ArchSpec, layer: int) -> None:
-        """Which of the three orders this block has."""
+        """Choose the order of norms and sub-layers."""
         del layer
         self.order = "nested" if self.has("attention_norm") else spec.placement
         self.attention_role = next(
@@ -238,13 +238,13 @@ class Block(Part):
             y, weights = self.role(self.attention_role)(x, context)
             x = self.role("norm1")(context.kept(x) + y)
             x = self.role("norm2")(x + self.role("mlp")(x))
-        else:  # sub-layers that add and norm by themselves
+        else:  # sub-layers that include residual and norm
             x, weights = self.role("attention_norm")(x, context)
             x = self.role("narrow")(self.role("widen")(x), x)
         return (x, weights) if self.tuples else x
 
     def dropped(self, y: Tensor) -> Tensor:
-        """With the block's own dropout, where there is one."""
+        """y after the block's own dropout, if it has one."""
         return self.role("layer_drop")(y) if self.has("layer_drop") else y
 
 
@@ -252,10 +252,10 @@ class Block(Part):
 
 
 class Embeddings(Part):
-    """Token ids, or vectors in their place, with positions, norm and dropout."""
+    """Embeds token ids (or takes vectors); adds position embeddings; norm and dropout."""
 
     def prepare(self, spec: ArchSpec, layer: int) -> None:
-        """What the embedding computes."""
+        """Store the spec."""
         del layer
         self.spec = spec
 
@@ -264,7 +264,8 @@ class Embeddings(Part):
 
 
 def positioned(part: Any, x_bsw: Tensor, context: ForwardContext) -> Tensor:
-    """Embedded tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
+    """Embedded tokens plus position embeddings, with norm and dropout; the gradient is scaled by the spec's
+    `embed_gradient`."""
     spec: ArchSpec = part.spec
     if part.has("pos_embed"):
         x_bsw = x_bsw + part.role("pos_embed")(context.positions_bs)
@@ -281,7 +282,7 @@ class Stack(Part):
     """All blocks and the final norm."""
 
     def prepare(self, spec: ArchSpec, layer: int) -> None:
-        """What the layers share."""
+        """Store the spec."""
         del layer
         self.spec = spec
 
@@ -299,8 +300,8 @@ def run_layers(part: Any, x_bsw: Tensor, context: ForwardContext) -> Tensor:
 def layer_contexts(
     part: Any, x: Tensor, context: ForwardContext
 ) -> list[tuple[Callable[..., Any], ForwardContext]]:
-    """The layers to run on embedded tokens (b, s, w) one after the other, each with its call. With `call.keep` the last
-    one computes so many last tokens alone."""
+    """The layers to run on embedded tokens (b, s, w) in order, each with its context. With `context.keep` the last
+    layer computes only the last `keep` tokens."""
     spec: ArchSpec = part.spec
     alibi, keep, context.keep = spec.position(Alibi), context.keep, None
     if alibi and context.scope.slopes_h is None:
@@ -329,7 +330,7 @@ def layer_contexts(
 
 
 def finished(part: Any, x: Tensor, context: ForwardContext) -> Tensor:
-    """What the last layer gives, after the final norm."""
+    """The output of the last layer after the final norm."""
     if part.has("final_norm"):
         x = part.role("final_norm")(x)
     if context.hidden_states is not None:
@@ -340,7 +341,7 @@ def finished(part: Any, x: Tensor, context: ForwardContext) -> Tensor:
 def _checkpointed(
     layer: Any, x: Tensor, context: ForwardContext, every_n_layers: int, offload: bool, **how: Any
 ) -> Any:
-    """A block whose activations are computed again in the backward pass, from its input alone."""
+    """A block whose activations are recomputed from its input in the backward pass."""
     del every_n_layers
     with save_on_cpu() if offload else contextlib.nullcontext():
         return checkpoint(layer, x, context, **how)

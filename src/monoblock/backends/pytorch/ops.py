@@ -1,4 +1,4 @@
-"""Pure functions on PyTorch tensors: activations, rotary positions, and which key each query sees.
+"""Pure functions on PyTorch tensors: activations, RoPE, relative position buckets; and `Scope`, the attention mask.
 
 Shape suffixes: b batch, q queries, k keys, h heads, d head width.
 """
@@ -35,7 +35,7 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-# Modules hold these functions: named ones, which can be pickled.
+# Named functions, since modules hold them and are pickled.
 ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
@@ -49,10 +49,10 @@ ACT: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def rotations(positions_bq: Tensor, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (b, 1, q, dim). Dynamic scaling goes by each row's own length."""
+    """cos and sin of the rotary angles, each (b, 1, q, dim). Dynamic scaling depends on each row's length."""
     if is_dynamic(rotary):
         return cos_sin(positions_bq, _dynamic(positions_bq, rotary), 1.0, dtype)
-    # Compilers warn about caches, and need none.
+    # torch.compile warns about lru_cache.
     inverse, factor = (inverse_frequencies if dispatch.transformed() else _frequencies)(rotary)
     return cos_sin(positions_bq, torch.as_tensor(inverse).to(positions_bq.device), factor, dtype)
 
@@ -66,8 +66,8 @@ def _dynamic(positions_bq: Tensor, rotary: Rotary) -> Tensor:
     assert scaling is not None
     exact = torch.float32 if positions_bq.device.type == "mps" else torch.float64  # MPS has no float64
     lengths_b = (positions_bq.amax(-1) + 1).clamp(min=scaling.original_length).to(exact)
-    stretch_b = scaling.factor * (lengths_b / scaling.original_length) - (scaling.factor - 1)
-    theta_b = rotary.theta * stretch_b ** (rotary.dim / (rotary.dim - 2))
+    growth_b = scaling.factor * (lengths_b / scaling.original_length) - (scaling.factor - 1)
+    theta_b = rotary.theta * growth_b ** (rotary.dim / (rotary.dim - 2))
     steps = torch.arange(0, rotary.dim, 2, dtype=exact, device=positions_bq.device) / rotary.dim
     return (1 / theta_b[:, None, None, None] ** steps).float()
 
@@ -82,8 +82,8 @@ def cos_sin(
 
 
 def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `dim` channels by half-rotation: (a, b) -> (a cos - b sin, b cos + a sin). Under autocast the
-    angles are of a wider dtype than the heads, which keep theirs."""
+    """Apply RoPE to the first `dim` channels (rotate-half): (a, b) -> (a cos - b sin, b cos + a sin). The result has
+    the heads' dtype, also under autocast, where the angles have a wider one."""
     if x_bhqd.shape[2] > 1 and native_ops.usable(x_bhqd, cos, sin):
         return native_ops.apply_rope(x_bhqd, cos, sin).transpose(1, 2)
     dim = cos.shape[-1]
@@ -94,9 +94,9 @@ def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def relative_position_bucket(distance: Tensor, count: int, max_distance: int) -> Tensor:
-    """T5's bucket of each distance (key - query): half of the buckets look ahead; in each half, half are exact and the
-    rest grow with the logarithm up to `max_distance`."""
-    # From a table, since compilers may round a logarithm on the edge of two buckets either way.
+    """T5's bucket of each distance (key - query): half of the buckets are for later keys; in each half, half of the
+    buckets are exact distances and the others grow logarithmically up to `max_distance`."""
+    # A lookup table, since compiled logarithms may be rounded differently at the edges of buckets.
     half = count // 2
     exact = half // 2
     ratio, wide = max_distance / exact, half - exact
@@ -110,15 +110,15 @@ def relative_position_bucket(distance: Tensor, count: int, max_distance: int) ->
 
 # ---------------------------------------------------------------------------- attention mask
 
-# Stands on GPUs for a score that does not count. Their kernels multiply it by log2(e): the lowest number of a dtype,
-# which CPUs get, would become infinite, and a row of nothing else no number.
-UNSEEN = -1e30
-BLOCK = 256  # queries whose masks are made at a time where no more than a part is needed
+# A masked score on GPUs. Their kernels multiply scores by log2(e): the lowest number of the dtype, which is used on
+# CPUs, would overflow, and a fully masked row would be NaN.
+MASKED = -1e30
+BLOCK = 256  # queries per block of a mask that is reduced block by block
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What attention kernels need to know of a layer: the factor on q·k, the cap on scores, the dropout."""
+    """A layer's options for attention kernels: the scale of q·k, the softcap, the dropout rate."""
 
     scale: float
     softcap: float | None = None
@@ -127,16 +127,16 @@ class Kernel:
 
 @dataclass
 class Scope:
-    """Which keys each query may see, from indices alone: `valid_k & (k <= q or not causal) & (q - k < window)`.
+    """The attention mask and biases, from indices: `valid_k & (k <= q or not causal) & (q - k < window)`.
 
     `index_q` (q,) and `index_k` (k,) are indices in the sequence; `valid_bk` is False for padding (None: there is
     none); `segment_bk` numbers the documents of a packed row (None: one document). `given` is the caller's own mask,
-    (b or 1, h or 1, q, k): booleans, True where the query may see the key, or numbers to add to the scores; it takes
-    the causal mask's place. `aligned`: queries and keys are the same tokens, so that the kernels' own causal mask
+    (b or 1, h or 1, q, k): booleans, True where the query may attend to the key, or numbers to add to the scores; it
+    replaces the causal mask. `aligned`: queries and keys are the same tokens, so that the kernels' own causal mask
     fits. `slopes_h` are ALiBi's; `relative` makes the bias (h, q, k) of distances (q, k). `masked_rows`: the spec's.
     """
 
-    in_order: ClassVar[bool] = True  # the keys stand in their order, and the queries are the last of them
+    in_order: ClassVar[bool] = True  # keys are in sequence order, and the queries are at the last positions
 
     index_q: Tensor
     index_k: Tensor
@@ -178,44 +178,45 @@ class Scope:
         return replace(self, index_q=self.index_q[-count:], aligned=False, given=given, memo={}, narrow={})
 
     def visible(self, start: int, stop: int | None, first: int, last: int | None) -> Tensor:
-        """(b or 1, h or 1, stop - start, last - first), True where the query may see the key. None: to the end."""
+        """(b or 1, h or 1, stop - start, last - first), True where the query may attend to the key. `stop`, `last`
+        None: to the end."""
         distance = self.index_q[start:stop, None] - self.index_k[None, first:last]
-        seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+        visible = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:
-            seen = seen & (distance < self.window)
-        seen = seen[None, None]
+            visible = visible & (distance < self.window)
+        visible = visible[None, None]
         if self.valid_bk is not None:
-            seen = seen & self.valid_bk[:, None, None, first:last]
+            visible = visible & self.valid_bk[:, None, None, first:last]
         if self.segment_bk is not None:
             own = self.segment_bk[:, self.index_q[start:stop] - self.index_k[0]]
-            seen = seen & (own[:, None, :, None] == self.segment_bk[:, None, None, first:last])
+            visible = visible & (own[:, None, :, None] == self.segment_bk[:, None, None, first:last])
         if self.given is not None and self.given.dtype == torch.bool:
-            seen = seen & self.given[:, :, start:stop, first:last]
-        return seen
+            visible = visible & self.given[:, :, start:stop, first:last]
+        return visible
 
     def bias(self, start: int, stop: int | None, first: int, last: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores, (b or 1, h or 1, stop - start, last - first): 0 or ALiBi, and a finite
-        minimum where the key may not be seen (a fully masked row would be NaN)."""
+        """The additive mask (b or 1, h or 1, stop - start, last - first): 0 or ALiBi, and a finite minimum for masked
+        keys (with -inf, a fully masked row would be NaN)."""
         lowest = torch.finfo(dtype).min
         if self.index_k.device.type != "cpu":
-            lowest = max(UNSEEN, lowest)
-        seen = self.visible(start, stop, first, last)
-        added = torch.zeros((), dtype=dtype, device=seen.device)
+            lowest = max(MASKED, lowest)
+        visible = self.visible(start, stop, first, last)
+        added = torch.zeros((), dtype=dtype, device=visible.device)
         if self.relative is not None:
             distance = self.index_k[None, first:last] - self.index_q[start:stop, None]
             added = self.relative(distance)[None].to(dtype)
         if self.slopes_h is not None:
-            away = (self.index_k[None, first:last] - self.index_q[start:stop, None]).to(torch.float32)
-            added = added + (self.slopes_h[None, :, None, None] * away).to(dtype)
+            distance = (self.index_k[None, first:last] - self.index_q[start:stop, None]).to(torch.float32)
+            added = added + (self.slopes_h[None, :, None, None] * distance).to(dtype)
         if self.given is not None and self.given.dtype != torch.bool:
-            # A mask of a wider dtype may hold minima beyond this one's, which then are -inf.
+            # The minima of a mask of a wider dtype become -inf in this one.
             given = self.given[:, :, start:stop, first:last].to(dtype).clamp(min=lowest)
             added = (added + given).clamp(min=lowest)
-        return torch.where(seen, added, lowest)
+        return torch.where(visible, added, lowest)
 
     def fully_masked(self) -> Tensor | None:
-        """(b, 1, q, 1), True for queries that see no key: before a row's first real token, or with nothing but padding
-        in their window or document. None if no padding can make such."""
+        """(b, 1, q, 1), True for fully masked queries: before a row's first real token, or with only padding in their
+        window or document. None if there can be none."""
         if self.valid_bk is None or not (self.causal or self.segment_bk is not None):
             return None
         if "fully_masked" not in self.memo:
@@ -229,17 +230,17 @@ class Scope:
             starts = range(0, self.index_q.shape[0], BLOCK)
             parts = [self.visible(i, i + BLOCK, 0, None).any(-1, keepdim=True) for i in starts]
             return ~torch.cat(parts, dim=2)
-        # Of integers: the older ONNX exporter has no sum over booleans.
-        seen = F.pad(valid_bk.long().cumsum(-1), (1, 0))  # how many real tokens come before each key
-        place = self.index_q - self.index_k[0] + 1
-        count = seen[:, place]
+        # Integers, since the older ONNX exporter cannot sum booleans.
+        real = F.pad(valid_bk.long().cumsum(-1), (1, 0))  # number of real tokens before each key
+        stop = self.index_q - self.index_k[0] + 1
+        count = real[:, stop]
         if self.window is not None:
-            count = count - seen[:, (place - self.window).clamp(min=0)]
+            count = count - real[:, (stop - self.window).clamp(min=0)]
         return count[:, None, :, None] == 0
 
     def mean(self, v_bgkd: Tensor) -> Tensor:
-        """(b, g, 1 or q, d): of the values of the keys on which a query that sees none has equal weights. By sums along
-        the keys, without an array of queries x keys."""
+        """(b, g, 1 or q, d): the mean of the values on which a fully masked query has equal weights. Computed by
+        cumulative sums, without an array of queries x keys."""
         if self.masked_rows == "all" or self.valid_bk is None:
             return v_bgkd.mean(dim=2, keepdim=True)
         wide, real = v_bgkd.to(torch.promote_types(v_bgkd.dtype, torch.float32)), self.valid_bk.long()
@@ -258,7 +259,7 @@ class Scope:
         return (total / count[:, None, :, None]).to(v_bgkd.dtype)
 
     def equal_weights(self, dtype: torch.dtype) -> Tensor:
-        """The weights that `mean` has, (b or 1, 1, 1 or q, k)."""
+        """The attention weights that correspond to `mean`, (b or 1, 1, 1 or q, k)."""
         keys = self.index_k.shape[0]
         if self.masked_rows == "all" or self.valid_bk is None:
             return torch.ones(1, 1, 1, keys, dtype=dtype, device=self.index_k.device) / keys
@@ -274,8 +275,8 @@ class Scope:
         return (chosen / chosen.sum(-1, keepdim=True)).to(dtype)
 
     def keys_of(self, start: int, stop: int) -> tuple[int, int]:
-        """The range of keys that any of these queries may see; all of them where they stand in no order, or a mask of
-        the caller's may mask all others (equal weights are those on all keys)."""
+        """The range of keys that any of these queries may attend to; all keys if they are not in order, or if an
+        explicit mask is given, which may mask a row fully (equal weights are on all keys)."""
         if not self.in_order or self.given is not None:
             return 0, self.index_k.shape[0]
         past = self.index_k.shape[0] - self.index_q.shape[0]
@@ -284,12 +285,12 @@ class Scope:
 
     @property
     def by_key(self) -> bool:
-        """Whether, beside the kernel's causal mask, what is added to a score depends on its key alone."""
+        """Whether the additive mask, apart from the causal mask, depends on the key only."""
         if self.segment_bk is not None or self.given is not None or self.relative is not None:
             return False
         if self.window is None:
             return True
-        # No comparison of lengths where one program is made for all of them.
+        # No comparison of lengths in compiled programs, which serve all lengths.
         return not dispatch.transformed() and self.causal and self.window >= self.index_k.shape[0]
 
     def key_bias(self) -> Tensor | None:
@@ -299,9 +300,9 @@ class Scope:
         if "key_bias" not in self.memo:
             bias = torch.zeros((), device=self.index_k.device)
             if self.slopes_h is not None:
-                # From the middle, so that the largest sum that is rounded is half as large.
-                away = (self.index_k - self.index_k[-1] // 2).to(torch.float32)
-                bias = self.slopes_h[None, :, None, None] * away
+                # Relative to the middle key, which halves the largest magnitude and thus the rounding error.
+                distance = (self.index_k - self.index_k[-1] // 2).to(torch.float32)
+                bias = self.slopes_h[None, :, None, None] * distance
             if self.valid_bk is not None:
                 bias = bias.masked_fill(~self.valid_bk[:, None, None, :], torch.finfo(torch.float32).min)
             self.memo["key_bias"] = bias

@@ -1,4 +1,4 @@
-"""What the PyTorch classes' `from_pretrained` takes: the common options, and its own."""
+"""The options of the PyTorch classes' `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from monoblock.quantization import parse_quantization
 
 
 class LoadOptions(options.LoadOptions):
-    """The options of a load; the keywords that are no options are left where they were."""
+    """The options of a load; other keywords stay in `kwargs`."""
 
     prefix = "PyTorch"
     refused: ClassVar[Mapping[str, str]] = {

@@ -1,4 +1,4 @@
-"""A model's parameters: their names in files, how they begin, which are shared, and how they resize."""
+"""A model's parameters: file names, initialisation, tying, quantisation and resizing."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ log = logging.getLogger("monoblock")
 
 
 class Parameters(ModelBase):
-    """What a model can do with its weights, given a module tree and the family's tables."""
+    """A model's functions on its weights, from the module tree and the family's tables."""
 
     def parameter_names(self) -> Iterator[str]:
         """The names of the parameters in files: each once, tied and quantised ones left out."""
-        packed = {f"{name}.weight" for name in checkpoint.quantized_modules(self)}
+        quantized = {f"{name}.weight" for name in checkpoint.quantized_modules(self)}
         for source in self.sources().values():
-            yield from (name for name in source.names if name not in packed)
+            yield from (name for name in source.names if name not in quantized)
 
     def _canonical_tied(self) -> dict[str, str]:
         return tree.tied(self.spec, self.head_spec)
@@ -41,7 +41,7 @@ class Parameters(ModelBase):
         """
         if not isinstance(self.quantization_config, WeightOnlyConfig | None):
             raise ValueError(
-                "weights that bitsandbytes holds have no form in transformers' files here: save the model before "
+                "weights quantised by bitsandbytes cannot be saved here: save the model before "
                 'quantising, or take quantization_config="int8" or "int4"'
             )
         state = {name: self.get_parameter(name).detach().contiguous() for name in self.parameter_names()}
@@ -63,14 +63,15 @@ class Parameters(ModelBase):
             if first and (first in state_dict or f"{first.removesuffix('.weight')}.{part}" in state_dict):
                 continue
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            packed = part in ("codes", "scale", "low") and not stem.endswith(".weight")
-            tensors[f"{stem}.weight.{part}" if packed else name] = whole.detach().contiguous()
+            quantized = part in ("codes", "scale", "low") and not stem.endswith(".weight")
+            tensors[f"{stem}.weight.{part}" if quantized else name] = whole.detach().contiguous()
         return tensors
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As `torch.nn.Module`'s; names of other spellings are understood too, and second names need not be there."""
+        """As `torch.nn.Module`'s; other naming schemes of the family are accepted too, and tied parameters may be
+        missing."""
         own = self.state_dict()
         if any(name not in own for name in state_dict):
             rest, parts = split_state(state_dict)
@@ -100,16 +101,16 @@ class Parameters(ModelBase):
         return result
 
     def _is_plain(self, source: TensorSource) -> bool:
-        packed = {f"{name}.weight" for name in checkpoint.quantized_modules(self)}
-        return not any(name in packed for name in source.names)
+        quantized = {f"{name}.weight" for name in checkpoint.quantized_modules(self)}
+        return not any(name in quantized for name in source.names)
 
-    # ------------------------------------------------------------------ packed weights
+    # ------------------------------------------------------------------ quantised weights
 
     def quantize(self, quantization_config: Any) -> Self:
-        """Pack the model's weights in place; the model. `quantization_config`: "int8", "int4", "lossless", a
-        WeightOnlyConfig or a BitsAndBytesConfig.
+        """Quantise the model's weights in place; returns the model. `quantization_config`: "int8", "int4", "lossless",
+        a WeightOnlyConfig or a BitsAndBytesConfig.
 
-        ValueError: they are packed already, or the config names a module that is not there.
+        ValueError: they are already quantised, or the config names an unknown module.
         """
         how = parse_quantization(quantization_config)
         if how is None:
@@ -118,13 +119,13 @@ class Parameters(ModelBase):
         return self
 
     def dequantize(self) -> Self:
-        """Plain weights again, with the numbers that the packed ones stand for; the model. ValueError: there are no
-        packed ones."""
+        """Replace the quantised weights by dequantised ones; returns the model. ValueError: the model is not
+        quantised by this library."""
         quantize.dequantize(self)
         return self
 
     def record_quantization(self) -> None:
-        """Make the config say how the weights are packed, or nothing if they are not."""
+        """Set the config's quantization_config, or remove it if the weights are not quantised."""
         vars(self.config).pop("quantization_config", None)
         if self.quantization_config is not None:
             self.config.quantization_config = self.quantization_config.to_dict()
@@ -193,7 +194,7 @@ class Parameters(ModelBase):
         if new == old:
             return embed
         if checkpoint.quantized_modules(self):
-            raise ValueError("packed weights have a fixed number of rows: resize first, then quantise")
+            raise ValueError("quantised weights have a fixed number of rows: resize first, then quantise")
         self.config.vocab_size = new
         spec = self.config.to_spec()
         for module in self.modules():
@@ -228,7 +229,7 @@ class Parameters(ModelBase):
         module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the model has, tied ones once; packed ones are never trained."""
+        """The number of parameters, tied ones once; quantised ones are never trainable."""
         sizes = {name: m.rows * m.columns for name, m in checkpoint.quantized_modules(self).items()}
         tables = (
             {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}

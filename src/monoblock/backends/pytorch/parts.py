@@ -1,8 +1,8 @@
-"""Modules that hold others: built from a module tree, found by role, with matrices side by side in memory.
+"""Modules with submodules: built from a module tree, found by role, with fused weights.
 
-Kernels want some matrices as one (q, k and v; gate and up). They are separate modules here, whose tensors lie one after
-the other in one allocation; `Part.fused` gives them as one where they still do. Each tensor has a storage of its own,
-since tools take tensors that share a storage for one and the same, and drop all but the first when they save.
+Some matrices (q, k and v; gate and up) are multiplied as one. They are separate modules whose tensors are adjacent in
+one allocation; `Part.fused` returns the fused tensors as long as they are. Each tensor has a separate storage object,
+since tools treat tensors of one storage as shared weights, and save only the first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TENSORS = ("weight", "bias", "codes", "scale", "low")
 
 @functools.cache
 def named(base: type[nn.Module], name: str) -> Any:
-    """The class under another name: what tools find by class name has transformers' names."""
+    """The class under another name: tools look up modules by transformers' class names."""
     if base.__name__ == name:
         return base
     return type(name, (base,), {"__module__": base.__module__, "__doc__": base.__doc__, "named_from": base})
@@ -36,7 +36,7 @@ def _blank(base: type[nn.Module], name: str) -> nn.Module:
 
 
 class Named(nn.Module):
-    """A module whose class may have been made by `named`, which pickle cannot import by its name."""
+    """A module whose class may have been created by `named`, which pickle cannot import by name."""
 
     named_from: type[nn.Module] | None = None
 
@@ -51,37 +51,38 @@ class Named(nn.Module):
 
 
 class Part(Named):
-    """A module that holds others. `roles`: role -> attribute name of the child that plays it."""
+    """A module with submodules. `roles`: role -> attribute name of the submodule."""
 
     roles: dict[str, str]
     fused_tensors: dict[str, dict[str, Tensor]]
     tuples: bool
 
     def prepare(self, spec: ArchSpec, layer: int) -> None:
-        """Note what this part computes."""
+        """Read this part's options from the spec."""
 
     def role(self, role: str) -> Any:
-        """The module that plays a role now, whatever it was replaced by."""
+        """The submodule of a role, looked up at each call, so that replacements take effect."""
         return getattr(self, self.roles[role])
 
     def has(self, role: str) -> bool:
-        """Whether a module here plays that role."""
+        """Whether this part has a submodule of that role."""
         return role in self.roles
 
     def fused(self, group: tuple[str, ...]) -> dict[str, Tensor] | None:
-        """The tensors of a group's modules, each kind as one; None if any module must be called for itself."""
+        """The fused tensors of a group by kind ("weight", "bias", ..); None if its modules must be called one by
+        one."""
         held = self.fused_tensors.get(group[0])
         if held is None or self.fusion_obstacle(group) is not None:
             return None
         return held
 
     def fusion_obstacle(self, group: tuple[str, ...], *, adapted: bool = False) -> str | None:
-        """Why a group's modules must be called one by one; None if they need not. `adapted`: whether the matrices below
-        LoRA adapters are meant, whose terms the caller adds."""
+        """Why a group's modules must be called one by one; None if they can be fused. `adapted`: check the matrices
+        inside LoRA layers, whose low-rank terms the caller adds."""
         held = self.fused_tensors.get(group[0])
         if held is None:
-            return f"{', '.join(self.roles[role] for role in group)} do not lie side by side"
-        place = {name: whole.data_ptr() for name, whole in held.items()}
+            return f"{', '.join(self.roles[role] for role in group)} are not adjacent in memory"
+        address = {name: whole.data_ptr() for name, whole in held.items()}
         first = None
         for role in group:
             module = self.role(role)
@@ -101,18 +102,18 @@ class Part(Named):
                     continue
                 whole = held[name]
                 if (
-                    tensor.data_ptr() != place[name]
+                    tensor.data_ptr() != address[name]
                     or tensor.dtype != whole.dtype
                     or tensor.shape[1:] != whole.shape[1:]
                     or type(tensor) not in dispatch.ORDINARY
                 ):
                     self.fused_tensors.pop(group[0])
-                    return f"{self.roles[role]}.{name} does not lie beside the others"
-                place[name] += tensor.numel() * tensor.element_size()
+                    return f"{self.roles[role]}.{name} is not adjacent to the others"
+                address[name] += tensor.numel() * tensor.element_size()
         return None
 
     def fuse_groups(self) -> None:
-        """Put the tensors of each group side by side, where they are not."""
+        """Make the tensors of each group adjacent in memory."""
         for group in GROUPS:
             if all(role in self.roles for role in group):
                 fuse_group(self, group)
@@ -131,7 +132,7 @@ class Part(Named):
 
 
 def fuse_weights(modules: Iterable[nn.Module]) -> None:
-    """Put the matrices that kernels want as one side by side, in all parts among the modules."""
+    """Make the tensors of each group adjacent in memory, in all parts among the modules."""
     for module in modules:
         if isinstance(module, Part):
             module.fuse_groups()
@@ -143,8 +144,8 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
 
 
 def fuse_group(part: Part, group: tuple[str, ...]) -> None:
-    """Put the tensors of a group's modules side by side in one allocation for each kind, and remember it; nothing is
-    done where they are of different kinds, on the meta device, or not ordinary tensors."""
+    """Move the tensors of a group's modules into one allocation per kind, and record the fused tensors. Does nothing if
+    they differ in type or dtype, are on the meta device, or are tensor subclasses."""
     if part.fused_tensors.get(group[0]) is not None and part.fusion_obstacle(group, adapted=True) is None:
         return
     part.fused_tensors.pop(group[0], None)
@@ -192,7 +193,7 @@ def _alike(tensors: Sequence[Tensor]) -> bool:
 
 
 def _whole(tensors: Sequence[Tensor]) -> Tensor:
-    """One tensor of these rows: where they lie side by side already as views of one, that memory; else a new one."""
+    """One tensor of all rows: without a copy if they are adjacent views of one tensor, else concatenated."""
     base = tensors[0]._base if tensors[0]._base is not None else None
     if base is not None and all(x._base is base for x in tensors) and _adjacent(tensors):
         rows = sum(x.shape[0] for x in tensors)
@@ -208,21 +209,21 @@ def _adjacent(tensors: Sequence[Tensor]) -> bool:
 
 
 def views(whole: Tensor, rows: Sequence[int]) -> list[Tensor]:
-    """The rows of a whole, each tensor with a storage of its own over the same memory."""
+    """Split a tensor by rows, each result with a separate storage object over the same memory."""
     return [torch.from_dlpack(view) for view in whole.split(list(rows))]
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put the module in the place of that name."""
+    """Replace the submodule of that name."""
     owner, _, last = name.rpartition(".")
     setattr(model.get_submodule(owner), last, module)
 
 
 class Builder:
-    """Makes the modules of a layout: of `layers` blocks, each part of the class that its kind has in `kinds`.
+    """Builds the modules of a layout with `layers` blocks; `kinds`: kind of part -> class.
 
-    `leaf(role, classes)` makes the module of a role, or None where the model has none of it; `prepare(part,
-    layer)` tells a part what it is to compute.
+    `leaf(role, classes)` creates the module of a role, or None if the model has none; `prepare(part, layer)` sets a
+    part's options.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class Builder:
         self.kinds, self.leaf, self.prepare, self.layers = kinds, leaf, prepare, layers
 
     def build(self, layout: tree.ModuleSpec, classes: Mapping[str, str], layer: int = 0) -> Part:
-        """The part of a layout with all that is below it. `classes`: those of roles, as the parts around it say."""
+        """The part of a layout with all its descendants. `classes`: role -> class name, from the enclosing parts."""
         made = named(self.kinds[layout.kind], layout.name)()
         self.fill(made, layout, classes, layer)
         self.prepare(made, layer)
@@ -244,7 +245,7 @@ class Builder:
     def fill(
         self, made: Part, layout: tree.ModuleSpec, classes: Mapping[str, str] | None = None, layer: int = 0
     ) -> None:
-        """Give a part its children, by the layout."""
+        """Add a part's submodules, according to the layout."""
         classes = {**(classes or {}), **layout.classes}
         made.fused_tensors = {}
         made.roles = {} if "roles" not in vars(made) else made.roles

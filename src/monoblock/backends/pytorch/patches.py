@@ -1,4 +1,4 @@
-"""Image patches of a call: which of them each token is, and their vectors in the tokens' positions.
+"""Image patches of a call: the patch of each token, and the projected patches at the tokens' positions.
 
 Shape suffixes: b batch, s tokens, w width, p patches of the whole batch.
 """
@@ -42,18 +42,18 @@ def with_patches(
         which_bs = _by_index(sets, indices_bs[:, -x_bsw.shape[1] :].to(x_bsw.device), input_ids, readable)
     weight = next(project.parameters())
     all_patches = torch.cat(sets).to(weight.dtype)
-    if readable:  # the patches that are there for nobody need no projection
+    if readable:  # unused patches need no projection
         which = which_bs.flatten()
         tokens = (which >= 0).nonzero()[:, 0]
         vectors = project(all_patches[which[tokens]]).to(x_bsw.dtype)
         return x_bsw.flatten(0, 1).index_copy(0, tokens, vectors).view_as(x_bsw)
-    # A row more, so that there is one to gather where no patch came.
+    # One additional row, so that gathering works without any patch.
     vectors_pw = F.pad(project(all_patches).to(x_bsw.dtype), (0, 0, 0, 1))
     return torch.where((which_bs >= 0)[..., None], vectors_pw[which_bs.clamp(min=0)], x_bsw)
 
 
 def _sets(patches: Any, size: int) -> list[Tensor]:
-    """The patches of each row, or of all; TypeError or ValueError for what is none."""
+    """The patches of each row, or of all rows. TypeError or ValueError: invalid patches."""
     expected = f"image_patches must be a tensor (.., {size}), or a list with one for each row"
     if isinstance(patches, Tensor) and patches.dim() < 3:
         found = [patches]
@@ -77,8 +77,8 @@ def _in_order(sets: list[Tensor], ids_bs: Tensor, token_id: int, readable: bool)
             f"{total} image patches for {count} tokens of the id {token_id}: without "
             "image_patches_indices there must be as many"
         )
-    place = is_patch.cumsum(0)
-    which = place - 1 if readable else torch.where(place[-1] == total, place - 1, total + 1)
+    count_t = is_patch.cumsum(0)
+    which = count_t - 1 if readable else torch.where(count_t[-1] == total, count_t - 1, total + 1)
     return torch.where(is_patch, which, -1).view_as(ids_bs)
 
 

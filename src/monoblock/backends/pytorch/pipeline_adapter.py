@@ -1,4 +1,4 @@
-"""What a pipeline needs of PyTorch: loading a model, and running it on lists of rows."""
+"""The interface for pipelines: loading a model, and running it on lists of rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device of the inputs."""
         return self.model.device
 
     @property
@@ -82,7 +82,7 @@ def found_device(device: Any) -> torch.device:
             return torch.device("cpu")
         found = torch.accelerator.current_accelerator(check_available=True)
         if found is None and device == 0:
-            return torch.device("cpu")  # as the hub's pipelines do: 0 is the first accelerator, if any
+            return torch.device("cpu")  # as transformers' pipelines do: 0 is the first accelerator, if any
         if found is None or device >= torch.accelerator.device_count():
             count = 0 if found is None else torch.accelerator.device_count()
             raise ValueError(f"device={device}: there are {count} accelerators here; use device='cpu' or -1")

@@ -1,4 +1,4 @@
-"""The public PyTorch classes: built from a family's table, loaded from and saved in the hub's files."""
+"""The public PyTorch classes: built from a family's table, loaded from and saved as transformers' files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ log = logging.getLogger("monoblock")
 
 class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters, Tools):
     """The base of all PyTorch models. A model with a head holds the bare model, under the family's prefix, and
-    the head's modules beside it; names, classes, signatures, defaults and outputs are transformers'.
+    the head's modules next to it; names, classes, signatures, defaults and outputs are transformers'.
 
     Public classes are made by `make_class` from a family's table.
     """
@@ -101,7 +101,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         self.tie_weights()
 
     def _build(self) -> None:
-        """The modules, by the family's tree; the bare model inside is one of its own class."""
+        """Build the modules from the family's tree; the bare model inside a headed model is an instance of its
+        class."""
         family, kind = self.family, self.row.head
         layout = family.tree(self.config)
         leaves = layers.Leaves(self.spec, self.head_spec)
@@ -124,7 +125,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         self.module_paths |= {role: ".".join(path) for role, path in heads.paths()}
 
     def _prepare(self, part: Any, layer: int) -> None:
-        """Tell a part what it is to compute."""
+        """Set a part's options."""
         part.prepare(self.spec, layer)
         if isinstance(part, heads.SummaryHead) and self.head_spec is not None and self.head_spec.summary:
             part.how = self.head_spec.summary
@@ -167,7 +168,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         context.checkpointing = self.checkpointing if self.gradient_checkpointing and self.training else None
         if self.has("stack"):
             hidden = self.role("stack")(self.embedded(tokens, context), context)
-        else:  # `run_layers`, without a frame of its own
+        else:  # `run_layers` inlined, to avoid a stack frame
             hidden = self.embedded(tokens, context)
             for layer, own in layer_contexts(self, hidden, context):
                 hidden = own.after(layer(hidden, own))
@@ -197,20 +198,20 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         return self._output(given, **{**out, **heads.outputs(self, out, given)})
 
     def _output(self, given: Mapping[str, Any], **values: Any) -> Any:
-        """The class's output, of those values that it has a field for."""
+        """The class's output, from the values that it has a field for."""
         kind = getattr(outputs, self.row.output)
         result = kind(**{name: value for name, value in values.items() if name in kind.__dataclass_fields__})
         return result if self._option(given, "return_dict") else result.to_tuple()
 
     def embedded(self, tokens: Tensor, context: ForwardContext) -> Tensor:
-        """What the first layer takes, (b, s, w), of ids (b, s) or vectors (b, s, w)."""
+        """The input of the first layer (b, s, w), from ids (b, s) or vectors (b, s, w)."""
         if self.has("embeddings"):
             return self.role("embeddings")(tokens, context)
         return positioned(self, tokens, context)
 
     def _kept(self, given: Mapping[str, Any]) -> int | None:
-        """How many last tokens the logits are of, None for all; then the last block needs to compute no others. Hooks
-        in that block see all tokens."""
+        """The number of last tokens whose logits are needed, for which alone the last block is computed; None: all
+        tokens, also if there are hooks in that block."""
         keep = given.get("logits_to_keep")
         if not isinstance(keep, int) or keep < 1 or self.row.head != "causal":
             return None
@@ -219,9 +220,11 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             return None
         stack = base.role("stack") if base.has("stack") else base
         last = stack.role("layers")[-1]
-        seen = [*last.modules(), *([stack.role("final_norm")] if stack.has("final_norm") else [])]
-        seen += [base, *([stack] if stack is not base else [])]
-        return None if any(module._forward_hooks or module._forward_pre_hooks for module in seen) else keep
+        observed = [*last.modules(), *([stack.role("final_norm")] if stack.has("final_norm") else [])]
+        observed += [base, *([stack] if stack is not base else [])]
+        return (
+            None if any(module._forward_hooks or module._forward_pre_hooks for module in observed) else keep
+        )
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = self.row.forward.split()
@@ -272,14 +275,14 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         it. `dtype` (or `torch_dtype`): "auto" (the default: the checkpoint's own), a torch dtype or its name.
         `device_map`: "auto", a device, or a dict (through accelerate), with `max_memory` and, for the device
         "disk", `offload_folder`. `state_dict`: tensors by name instead of files (then `config` is needed, or the
-        name gives it). `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising
-        ShapeMismatch; `strict=False` passes over tensors that the model has no place for, with a warning.
+        name gives it). `ignore_mismatched_sizes=True` initialises tensors of other shapes instead of raising
+        ShapeMismatch; `strict=False` ignores tensors that the model does not have, with a warning.
         `output_loading_info=True` gives (model, {"missing_keys", "unexpected_keys", "mismatched_keys",
         "error_msgs"}). `generation_config`: one to use instead of the checkpoint's. `quantization_config`:
         "int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig; or `load_in_4bit`, `load_in_8bit`
-        for the latter. A folder of packed weights needs none. `attn_implementation`: "sdpa", "eager",
+        for the latter. A folder of quantised weights needs none. `attn_implementation`: "sdpa", "eager",
         "flex_attention" or "flash_attention_2". `revision`, `token`, `cache_dir`, `local_files_only`,
-        `force_download`, `subfolder`, `variant`, `use_safetensors` say which files; `from_flax=True` and
+        `force_download`, `subfolder`, `variant`, `use_safetensors` choose the files; `from_flax=True` and
         `from_tf=True` prefer transformers 4's flax_model.msgpack and tf_model.h5 to others. Other keywords set
         fields of the config (`num_labels=3`). HubError: the files cannot be had. CheckpointError: they do not
         fit. ValueError: an argument is wrong.
@@ -383,7 +386,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         return loading_info(missing, mismatched, report)
 
     def _ignored(self, name: str) -> bool:
-        """Whether a tensor of a file is to be passed over without a word, although the model has no place for it."""
+        """Whether a tensor of a file that the model does not have is ignored without a warning."""
         return any(re.search(pattern, name) for pattern in self._keys_to_ignore_on_load_unexpected or ())
 
     @classmethod
@@ -441,12 +444,12 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         self.config.architectures = [self.config.stored_class(self.row.name)]
         self.config.dtype = self.dtype
         self.record_quantization()
-        texts = {CONFIG_NAME: self.config.to_json_string()}
+        files = {CONFIG_NAME: self.config.to_json_string()}
         if self.generation_config is not None:
             self.generation_config.validate()
-            texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
+            files[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
         save_tensors(
-            folder, tensors, framework="pt", max_shard_size=max_shard_size, extra_files=texts, variant=variant
+            folder, tensors, framework="pt", max_shard_size=max_shard_size, extra_files=files, variant=variant
         )
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), token=token, **kwargs)
@@ -459,16 +462,16 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         for module in self.modules():
             if isinstance(module, Attention):
                 module.implementation = name
-        # As it was asked for: another library that reads the config has a default of its own.
+        # Unresolved, since another library that reads the config has its own default.
         self.config._attn_implementation = attn_implementation
 
     @property
     def base_model(self) -> nn.Module:
-        """The bare model: what is called by the family's prefix."""
+        """The bare model, which is the attribute named by the family's prefix."""
         return self.bare
 
 
-# What computes each kind of part.
+# Kind of part -> class.
 KINDS: dict[str, type[Part]] = {
     "attention": Attention,
     "wrapper": Wrapper,

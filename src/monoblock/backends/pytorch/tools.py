@@ -1,4 +1,4 @@
-"""What the libraries around a model ask of it: Trainer, TRL, peft, accelerate, sentence-transformers.
+"""Methods that other libraries expect of a model: Trainer, TRL, peft, accelerate, sentence-transformers.
 
 Names, arguments and results are those of transformers' `PreTrainedModel`.
 """
@@ -31,7 +31,7 @@ LOSSES = {
     "token": "ForTokenClassification",
     "span": "ForQuestionAnswering",
 }
-# What torch.utils.checkpoint.checkpoint takes besides the function and its arguments.
+# Keywords of torch.utils.checkpoint.checkpoint.
 CHECKPOINTING = {
     "use_reentrant",
     "preserve_rng_state",
@@ -107,7 +107,7 @@ class Tools:
     def get_encoder(self: Any, modality: str | None = None) -> nn.Module:
         """The module that encodes text (the model's encoder, or the bare model). ValueError for another modality."""
         if modality is not None:
-            raise ValueError(f"{self.row.name} has no encoder of its own for modality={modality!r}")
+            raise ValueError(f"{self.row.name} has no separate encoder for modality={modality!r}")
         bare = self.bare
         return bare.role("stack") if bare.has("embeddings") else bare
 
@@ -183,13 +183,13 @@ class Tools:
     def warn_if_padding_and_no_attention_mask(
         self: Any, input_ids: Tensor | None, attention_mask: Tensor | None
     ) -> None:
-        """Warn once if the first or the last column of `input_ids` holds padding and no mask came."""
+        """Warn once if the first or the last column of `input_ids` holds padding and no mask was given."""
         pad = self.config.pad_token_id
         if attention_mask is not None or input_ids is None or pad is None or not dispatch.readable(input_ids):
             return
         if bool((input_ids[:, [0, -1]] == pad).any()):
             _warn_once(
-                f"{self.row.name}: input_ids hold padding, but no attention_mask came: it is read as text"
+                f"{self.row.name}: input_ids hold padding, but no attention_mask came: padding is attended to"
             )
 
     # ------------------------------------------------------------------ generation
@@ -203,18 +203,20 @@ class Tools:
         cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of the forward that takes the tokens which the cache does not hold yet. Whatever else comes is
-        passed on where the forward has it."""
+        """The forward's arguments for the tokens that are not cached yet. Other keywords are passed on if the forward
+        has them."""
         known = {
             name: value for name, value in kwargs.items() if name in self.arguments and value is not None
         }
-        seen = past_key_values.get_seq_length() if hasattr(past_key_values, "get_seq_length") else 0
-        if inputs_embeds is not None and seen == 0:
+        cached = past_key_values.get_seq_length() if hasattr(past_key_values, "get_seq_length") else 0
+        if inputs_embeds is not None and cached == 0:
             tokens: dict[str, Any] = {"inputs_embeds": inputs_embeds}
         elif cache_position is not None:
             tokens = {"input_ids": input_ids[:, -cache_position.shape[0] :]}
         else:
-            tokens = {"input_ids": input_ids[:, seen:] if seen < input_ids.shape[1] else input_ids[:, -1:]}
+            tokens = {
+                "input_ids": input_ids[:, cached:] if cached < input_ids.shape[1] else input_ids[:, -1:]
+            }
         return {
             **known,
             **tokens,
@@ -331,7 +333,7 @@ class Tools:
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Refused: the classes here are the auto classes' own, and code from a checkpoint's folder is never run."""
         raise ValueError(
-            f"register_for_auto_class({auto_class!r}): code beside a checkpoint is not written or run here; "
+            f"register_for_auto_class({auto_class!r}): code in a checkpoint's folder is not written or run here; "
             "config.json's architectures names the class"
         )
 

@@ -27,16 +27,17 @@ log = logging.getLogger("monoblock")
 
 Replay = Callable[[], Tensor]
 
-# Lengths are powers of two from MIN_LENGTH on, at least ROOM beyond the text, so that few recordings serve all texts.
+# Lengths are powers of two from MIN_LENGTH on, at least ROOM beyond the sequences, so that few graphs serve all
+# lengths.
 MIN_LENGTH, ROOM = 256, 256
-MIN_NEW_TOKENS = 16  # new tokens from which on a recording, which costs about five steps, is made
-ALIGN = 64  # the slots of a window are a multiple of this, as the kernels like it
-MAX_KEPT = 8  # recordings that a model keeps, the latest: lengths up to 32,768 at one batch size
-WARMUP_RUNS = 3  # runs before the recording: libraries choose and load their kernels in the first ones
+MIN_NEW_TOKENS = 16  # new tokens from which a capture, which costs about five steps, pays off
+ALIGN = 64  # the slots of a window are rounded up to a multiple of this, for the kernels
+MAX_KEPT = 8  # most recent graphs that are kept per model: lengths up to 32,768 at one batch size
+WARMUP_RUNS = 3  # runs before the capture, in which libraries choose and load their kernels
 
 
 def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> Replay:
-    """What plays the CUDA kernels of `run` again, on the same memory; gives the tensor that `run` gave."""
+    """Capture `run` as a CUDA graph; returns a function that replays it and returns the same output tensor."""
     with torch.cuda.device(device):
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
@@ -45,7 +46,7 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> Replay:
                 run()
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on allocating while this one records.
+        # Other threads may allocate memory during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out = run()
 
@@ -61,7 +62,7 @@ CAPTURE: dict[str, Callable[[Callable[[], Tensor], torch.device], Replay]] = {"c
 
 
 class CapturedStep:
-    """A step's state and recording. It holds no reference to the model, with which it is released."""
+    """A step's state and its captured graph. It holds no reference to the model, so that it can be freed with it."""
 
     def __init__(self, model: ModelBase, shape: Shape, weights: Hashable) -> None:
         self.shape, self.weights = shape, weights
@@ -69,7 +70,7 @@ class CapturedStep:
         self.replay = CAPTURE[shape.device.type](lambda: static_step(model, state), shape.device)
 
     def __call__(self, ids_b1: Tensor) -> Tensor:
-        """Scores (b, v) of the token after these, in memory of their own."""
+        """Logits (b, v) for the token after these, in new memory."""
         self.state.ids_b1.copy_(ids_b1)
         return self.replay().clone()
 
@@ -79,35 +80,35 @@ _lock = threading.Lock()
 
 
 def take(model: ModelBase, shape: Shape) -> CapturedStep:
-    """A recording that nobody else uses: a kept one, if the weights lie where they lay then, else a new one."""
+    """A captured step for exclusive use: a kept one, if the weights still have the same addresses, else a new one."""
     now = weights(model)
     with _lock:
         kept = _kept.setdefault(model, [])
-        kept[:] = [recorded for recorded in kept if recorded.weights == now]
-        for recorded in kept:
-            if recorded.shape == shape:
-                kept.remove(recorded)
-                return recorded
+        kept[:] = [step for step in kept if step.weights == now]
+        for step in kept:
+            if step.shape == shape:
+                kept.remove(step)
+                return step
     return CapturedStep(model, shape, now)
 
 
-def put_back(model: nn.Module, recorded: CapturedStep) -> None:
-    """Keep a recording for the next call; the oldest beyond MAX_KEPT is released."""
+def put_back(model: nn.Module, step: CapturedStep) -> None:
+    """Keep a captured step for later calls; the oldest beyond MAX_KEPT are released."""
     with _lock:
         kept = _kept.setdefault(model, [])
-        kept.append(recorded)
+        kept.append(step)
         del kept[:-MAX_KEPT]
 
 
 def release(model: nn.Module) -> None:
-    """Release the memory of a model's recordings; the next call makes new ones."""
+    """Release the memory of a model's captured steps; the next call captures again."""
     with _lock:
         _kept.pop(model, None)
 
 
 def weights(model: ModelBase) -> Hashable:
-    """Where the weights lie and what they are. A recording reads them there: new numbers in the same place are seen,
-    tensors in another place are not."""
+    """Addresses, dtypes and shapes of the weights, and the attention kernels. A graph reads the weights at fixed
+    addresses: in-place updates take effect, replaced tensors do not."""
     tensors = [*model.parameters(), *model.buffers()]
     return tuple((x.data_ptr(), x.dtype, x.shape) for x in tensors), *sorted(_kernels(model))
 
@@ -120,7 +121,7 @@ def _kernels(model: ModelBase) -> set[str]:
 
 
 class Decoding(Protocol):
-    """What is asked here of a decoder in the middle of one generation (decoder.py)."""
+    """The interface of a decoder in the middle of one generation (decoder.py)."""
 
     cache: Cache | None
     mask: Tensor | None
@@ -135,25 +136,25 @@ class Decoding(Protocol):
 
     @property
     def past_key_values(self) -> Any:
-        """The cache, in the form in which it came."""
+        """The cache, in the form in which it was passed."""
         ...
 
     def prefill(self, ids_bn: Tensor, mask_bm: Tensor | None) -> Tensor:
-        """Take the prompts."""
+        """Process the prompts; logits for the next token."""
         ...
 
     def step(self, ids_b1: Tensor) -> Tensor:
-        """Take one token for each row."""
+        """Process one token per row; logits for the next token."""
         ...
 
     def reorder(self, index_b: Tensor) -> None:
-        """Row i becomes what row index[i] was."""
+        """Reorder the rows: row i becomes the former row `index_b[i]`."""
         ...
 
 
 def call_obstacle(decoder: Decoding, plan: GenerationPlan) -> str | None:
-    """Why a call's tokens cannot come from a captured graph; None if they can: a device that captures, a cache that
-    keeps its keys in order, nothing asked for beside scores, and a model without an obstacle."""
+    """Why a call cannot decode with CUDA graphs; None if it can: a supported device, a cache that keeps its keys in
+    order, no outputs requested except logits, and a model without an obstacle."""
     if (wanted := next((name for name, on in decoder.wanted.items() if on), None)) is not None:
         return f"{wanted}=True"
     if plan.rewinds:
@@ -172,8 +173,8 @@ def call_obstacle(decoder: Decoding, plan: GenerationPlan) -> str | None:
 
 
 def obstacle(model: ModelBase) -> str | None:
-    """Why this model's steps cannot be captured; None if they can. Hooks and modules of other packages may do what a
-    graph cannot repeat."""
+    """Why this model's steps cannot be captured; None if they can. Hooks and modules of other packages may have effects
+    that a graph does not replay."""
     device = model.device
     if device.type not in CAPTURE:
         return f"device {device.type}"
@@ -190,44 +191,45 @@ def obstacle(model: ModelBase) -> str | None:
     return f"attn_implementation={other.pop()!r}" if other else None
 
 
-# ---------------------------------------------------------------------------- in the place of a decoder
+# ---------------------------------------------------------------------------- the decoder
 
 
 class GraphDecoder:
-    """A decoder whose tokens after the prompt come from recordings. `inner` runs the prompt and keeps the cache."""
+    """A decoder that replays captured graphs for the tokens after the prompt. `inner` runs the prompt and holds the
+    cache."""
 
     attentions = hidden_states = None
 
     def __init__(self, inner: Decoding, plan: GenerationPlan, *, given: bool) -> None:
-        """`given`: the cache is the caller's, who finds all tokens in it after `close`."""
+        """`given`: the cache is the caller's, and contains all tokens after `close`."""
         self.inner, self.plan, self.given = inner, plan, given
         self.running: CapturedStep | None = None
         self.failed = False
-        self.place = self.room = 0
+        self.length = self.room = 0
 
     @property
     def past_key_values(self) -> Any:
-        """The cache with all tokens, in the form in which it came."""
+        """The cache with all tokens, in the form in which it was passed."""
         self.settle()
         return self.inner.past_key_values
 
     def prefill(self, ids_bn: Tensor, mask_bm: Tensor | None) -> Tensor:
-        """Take the prompts."""
+        """Process the prompts; logits for the next token."""
         return self.inner.prefill(ids_bn, mask_bm)
 
     def step(self, ids_b1: Tensor) -> Tensor:
-        """Take one token for each row."""
-        if self.running is not None and self.place == self.room:
+        """Process one token per row; logits for the next token."""
+        if self.running is not None and self.length == self.room:
             self.settle()
         if self.running is None:
             self._begin()
         if self.running is None:
             return self.inner.step(ids_b1)
-        self.place += 1
+        self.length += 1
         return self.running(ids_b1)
 
     def reorder(self, index_b: Tensor) -> None:
-        """Row i becomes what row index[i] was."""
+        """Reorder the rows: row i becomes the former row `index_b[i]`."""
         if self.running is not None and len(index_b) == self.running.shape.rows:
             self.running.state.reorder(index_b)
             return
@@ -235,53 +237,51 @@ class GraphDecoder:
         self.inner.reorder(index_b)
 
     def close(self) -> None:
-        """The call is over: the recording is free for the next, and a cache that was given holds all tokens."""
+        """End the call: put the captured step back, and write all tokens to a given cache."""
         if self.given:
             self.settle()
         elif self.running is not None:
             put_back(self.inner.model, self.running)
             self.running = None
 
-    # ------------------------------------------------------------------ between cache and recording
+    # ------------------------------------------------------------------ between cache and graph
 
     def _begin(self) -> None:
-        """Move what the cache holds into a recording with room for more; none where the cache is full (which `inner`
-        says) or recording fails."""
+        """Move the cache into a captured step with room for more tokens. Does nothing if the cache is full (`inner`
+        raises the error) or the capture fails."""
         cache = self.inner.cache
         assert cache is not None
-        self.place = cache.get_seq_length()
+        self.length = cache.get_seq_length()
         limit = cache.get_max_cache_shape()
-        if self.failed or (limit is not None and self.place >= limit):
+        if self.failed or (limit is not None and self.length >= limit):
             return
         try:
             running = take(self.inner.model, self._shape(limit))
-        except (
-            Exception
-        ) as error:  # each library has errors of its own, and the plain path needs none of them
+        except Exception as error:  # of any library: decoding without a graph may still work
             self.failed = True
             log.warning(
-                "%s: decoding goes on without CUDA graphs, because recording one failed: %s",
+                "%s: decoding continues without CUDA graphs, because the capture failed: %s",
                 self.inner.model.row.name,
                 error,
             )
             return
         running.state.load(cache, self.inner.mask)
         if isinstance(cache, DynamicCache):
-            # It would be a second copy; `settle` puts everything back.
+            # To free memory; `settle` restores the tensors.
             for tensors in (cache.keys, cache.values):
                 tensors[:] = [x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in tensors]
         self.running = running
         self.room = min(running.shape.length, limit or running.shape.length)
 
     def _shape(self, limit: int | None) -> Shape:
-        """The shape for the text so far and some more, where the call has as much to come."""
+        """The shape for the current length and some more, as far as the call can use it."""
         cache = self.inner.cache
         assert cache is not None
-        needed = max(self.place + 1, min(self.place + ROOM, self.plan.max_length, limit or 1 << 62))
+        needed = max(self.length + 1, min(self.length + ROOM, self.plan.max_length, limit or 1 << 62))
         length = max(MIN_LENGTH, 1 << (needed - 1).bit_length())
         layers = self.inner.model.spec.layers
         windows = cache.windows if isinstance(cache, DynamicCache) else ()
-        # A layer's keys may be overwritten only where the cache would drop them too.
+        # A layer's keys may be overwritten only if the cache would drop them as well.
         slots = [_slots(window, length) for window in windows or (None,) * layers]
         first = cache.keys[0]
         return Shape(
@@ -294,26 +294,26 @@ class GraphDecoder:
         )
 
     def settle(self) -> None:
-        """Put all tokens back into the cache and the mask, and give the recording back."""
+        """Copy all tokens back into the cache and the mask, and put the captured step back."""
         if (running := self.running) is None:
             return
         cache, mask, state = self.inner.cache, self.inner.mask, running.state
         assert cache is not None
         for i in range(len(cache.keys)):
-            keys, values = state.tokens(i, self.place)
+            keys, values = state.tokens(i, self.length)
             if isinstance(cache, DynamicCache):
                 cache.keys[i], cache.values[i] = keys, values
-                cache.lengths[i] = self.place
-                cache.dropped[i] = self.place - keys.shape[2]
+                cache.lengths[i] = self.length
+                cache.dropped[i] = self.length - keys.shape[2]
             else:
                 cache.lengths[i] = 0
                 cache.update(keys, values, i)
         if mask is not None and state.valid_bl is not None:
-            self.inner.mask = state.valid_bl[:, : self.place].to(mask.dtype)
+            self.inner.mask = state.valid_bl[:, : self.length].to(mask.dtype)
         self.running = None
         put_back(self.inner.model, running)
 
 
 def _slots(window: int | None, length: int) -> int:
-    """How many slots a layer needs: its window's keys, rounded up."""
+    """The number of slots of a layer: its window, rounded up."""
     return length if window is None else min(length, -(-window // ALIGN) * ALIGN)

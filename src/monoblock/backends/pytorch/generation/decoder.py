@@ -1,4 +1,4 @@
-"""Generation on PyTorch: the decoder that the framework-free loop drives, and the `generate` of the models."""
+"""Generation on PyTorch: the decoder for the framework-independent loop, and the models' `generate`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from monoblock.positions import is_dynamic
 from monoblock.spec import Rotary
 
 INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
-# Inputs that only some models take. Images are embedded with the prompt; new tokens get the last token type.
+# Inputs of some models. Images are embedded with the prompt; new tokens get the type of the last token.
 IMAGES = ("image_patches", "image_patches_indices", "pixel_values")
 MORE = frozenset({"token_type_ids", *IMAGES})
-# Tokens of a long prompt that go through the model at a time: enough for the matrix products to be at their best.
+# Tokens per chunk of a long prompt: enough for matrix products at full speed.
 CHUNK = 1024
-UNSUPPORTED: Unsupported = {}  # refused for reasons of this backend alone
+UNSUPPORTED: Unsupported = {}  # refused by this backend only
 
 
 class Generation(ModelBase, GenerationMixin):
@@ -47,16 +47,16 @@ class Generation(ModelBase, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Continue prompts, (batch, tokens) or what a tokenizer returns.
+        """Continue prompts (batch, tokens), or a tokenizer's output.
 
         Gives ids (batch, prompt + new), or a GenerateDecoderOnlyOutput with `return_dict_in_generate=True`.
 
-        Keywords are the hub's: the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, ...),
-        `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings` and
+        Keywords are transformers': the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`,
+        ...), `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings` and
         `response_format`), `assistant_model` (a smaller model with the same tokenizer), `negative_prompt_ids` (for
         `guidance_scale`), `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`, the model's other
         inputs; besides, `seed` or `generator`, and `response_format` (a JSON schema or a regular expression that the
-        new text keeps to). ValueError for what is unknown or not supported.
+        new text keeps to). ValueError: an unknown or unsupported option.
         """
         inputs, kwargs = self.generate_arguments(inputs, kwargs)
         for name in self.arguments & TENSORS & kwargs.keys() - {"input_ids", "attention_mask"}:
@@ -74,7 +74,7 @@ class Generation(ModelBase, GenerationMixin):
 
     def decoding_path(self) -> str:
         """How `generate` makes the tokens after a prompt on this model as it is now: "native step" (one call of the
-        native library a token), "CUDA graph", or, where it calls the modules one by one, why: "forward hook on ...".
+        native library per token), "CUDA graph", or, where it calls the modules one by one, why: "forward hook on ...".
 
         A call may have further reasons, such as `output_attentions=True`; `generate` logs its own, at the level INFO.
         """
@@ -98,7 +98,7 @@ class Generation(ModelBase, GenerationMixin):
 
 @contextlib.contextmanager
 def _at_rest(model: nn.Module) -> Iterator[None]:
-    """The model without dropout, in whatever mode it was before."""
+    """Evaluation mode, without dropout; restores the previous mode."""
     if not model.training:
         yield
         return
@@ -111,7 +111,7 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _assisting(kwargs: dict[str, Any]) -> Iterator[None]:
-    """Makes a model that is given as `assistant_model` one that the loop can drive."""
+    """Wrap an `assistant_model` in a Runner."""
     helper = kwargs.get("assistant_model")
     if helper is None:
         yield
@@ -123,7 +123,7 @@ def _assisting(kwargs: dict[str, Any]) -> Iterator[None]:
 
 
 class Runner:
-    """What `loop.generate` needs to know of a model."""
+    """A model as `loop.generate` uses it."""
 
     ops: ArrayOps
     compiled = None
@@ -154,7 +154,7 @@ class Runner:
         return self.graphed[-1]
 
     def close(self) -> None:
-        """The call is over; a cache object of transformers' that came with it gets its tokens."""
+        """End the call; a given cache object of transformers receives the tokens."""
         for decoder in self.decoders:
             if decoder.form is not None and not isinstance(decoder.form, str):
                 in_form(decoder.cache, decoder.form)
@@ -188,7 +188,7 @@ class Decoder:
             return None, None
         if plan.config.cache_implementation == "static":
             length = plan.config.max_cache_len or plan.max_length
-            if self.model.device.type == "cpu":  # others say so themselves, at once
+            if self.model.device.type == "cpu":  # other devices raise their own error at once
                 check_memory(self.model.spec, plan.rows, length, self.model.dtype.itemsize)
             return StaticCache(max_cache_len=length), None
         if plan.config.cache_implementation == "quantized":
@@ -197,39 +197,39 @@ class Decoder:
 
     @property
     def past_key_values(self) -> Any:
-        """The cache, in the form in which it came."""
+        """The cache, in the form in which it was passed."""
         return in_form(self.cache, self.form)
 
     def prefill(self, ids_bn: Tensor, mask_bm: Tensor | None) -> Tensor:
-        """Take the prompts, without the part of them that a given cache already holds."""
-        seen = self.cache.get_seq_length() if self.cache is not None else 0
+        """Process the prompts, except the tokens that a given cache already holds; logits for the next token."""
+        cached = self.cache.get_seq_length() if self.cache is not None else 0
         length = ids_bn.shape[1] if self.embeds is None else self.embeds.shape[1]
-        if 0 < length <= seen:
+        if 0 < length <= cached:
             raise ValueError(
-                f"past_key_values hold {seen} tokens and the prompt has {length}: give the whole prompt, of which the "
-                "cache is the beginning, or crop() the cache"
+                f"past_key_values hold {cached} tokens and the prompt has {length}: give the whole prompt, of which "
+                "the cache is the beginning, or crop() the cache"
             )
         self.mask = None if mask_bm is None or bool((mask_bm != 0).all()) else mask_bm != 0
         if self.images:
             self.embeds = self.model.embed(ids_bn, self.images)
         name, tokens = ("input_ids", ids_bn) if self.embeds is None else ("inputs_embeds", self.embeds)
-        scores, left = None, tokens.shape[1] - seen
-        for part in tokens[:, seen:].split(self._chunk() or left, dim=1):
+        scores, left = None, tokens.shape[1] - cached
+        for part in tokens[:, cached:].split(self._chunk() or left, dim=1):
             left -= part.shape[1]
             scores = self._scores(self.model(**self._arguments({name: part}, left=left)))
         assert scores is not None
         return scores[:, -1]
 
     def _chunk(self) -> int | None:
-        """How many tokens of a prompt go through the model at a time, so that memory does not grow with it; None: all.
+        """Tokens per chunk of a prompt, so that memory does not grow with its length; None: the whole prompt.
 
-        As many as the call says; else, on a CPU, where that costs no time, `CHUNK`, if each piece finds in the cache
-        what the whole prompt would show it.
+        `prefill_chunk_size` if given; else, on a CPU, where chunks cost no time, `CHUNK`, if the result is the same as
+        for the whole prompt.
         """
         own = "prepare_inputs_for_generation" in vars(self.model)
         dynamic = is_dynamic(self.model.spec.position(Rotary))
         if self.chunk is not None and (own or dynamic):
-            why = "prepare_inputs_for_generation of its own takes" if own else "RoPE scaling goes by"
+            why = "own prepare_inputs_for_generation needs" if own else "RoPE scaling depends on"
             raise UnsupportedConfig(
                 f"GenerationConfig.prefill_chunk_size={self.chunk}: this model's {why} the whole prompt"
             )
@@ -239,11 +239,11 @@ class Decoder:
         return CHUNK if kept and self.model.device.type == "cpu" and not any(self.wanted.values()) else None
 
     def step(self, ids_b1: Tensor) -> Tensor:
-        """Take one token for each row."""
+        """Process one token per row; logits for the next token."""
         return self.extend(ids_b1)[:, -1]
 
     def extend(self, ids_bk: Tensor) -> Tensor:
-        """Take k tokens for each row; scores after each."""
+        """Process k tokens per row; logits after each."""
         count = ids_bk.shape[1]
         if self.mask is not None:
             self.mask = torch.cat((self.mask, self.mask.new_ones(ids_bk.shape)), dim=1)
@@ -266,18 +266,18 @@ class Decoder:
 
     @functools.cached_property
     def steps(self) -> native_decoder.Steps | None:
-        """The native steps, where they can be had; asked for at the first new token."""
+        """The native steps, or None; created at the first new token."""
         own = "prepare_inputs_for_generation" in vars(self.model)
         asked = next((f"{name}=True" for name, on in self.wanted.items() if on), None)
         asked = "a prepare_inputs_for_generation of the model's own" if own else asked
         steps = None if asked else native_decoder.of(self.model, self.cache)
-        if self.model.device.type not in cuda_graphs.CAPTURE:  # of those, `Runner.decoder` has said why
+        if self.model.device.type not in cuda_graphs.CAPTURE:  # for those, `Runner.decoder` has logged it
             why = asked or (native_decoder.call_obstacle(self.model, self.cache) if steps is None else None)
             report(self.model, why or NATIVE)
         return steps
 
     def reorder(self, index_b: Tensor) -> None:
-        """Row i becomes what row index[i] was."""
+        """Reorder the rows: row i becomes the former row `index_b[i]`."""
         if self.cache is not None:
             self.cache.reorder_cache(index_b)
         for name in ("mask", "positions", "types", "ids", "embeds"):
@@ -288,7 +288,7 @@ class Decoder:
                 setattr(self, name, value.expand(len(index_b), *value.shape[1:]))
 
     def crop(self, length: int) -> None:
-        """Forget everything after the first `length` positions."""
+        """Drop all tokens after the first `length`."""
         if self.cache is not None:
             self.cache.crop(length)
         for name in ("mask", "positions", "types", "ids", "embeds"):
@@ -296,8 +296,8 @@ class Decoder:
                 setattr(self, name, value[:, :length])
 
     def _arguments(self, tokens: dict[str, Tensor], keep: int = 1, left: int = 0) -> dict[str, Any]:
-        """The model's arguments for scores after the last `keep` of these tokens; `left` more of the prompt are still
-        to come."""
+        """The model's arguments for logits after the last `keep` of these tokens; `left` tokens of the prompt follow in
+        later chunks."""
         if "prepare_inputs_for_generation" in vars(self.model):
             return self._prepared(tokens)
         if self.cache is None:
@@ -318,13 +318,13 @@ class Decoder:
         }
 
     def _scores(self, out: Any) -> Tensor:
-        """The scores of the model's output, float32; keeps what else is asked for."""
+        """The logits of the model's output, float32; stores attentions and hidden states."""
         self.attentions, self.hidden_states = out.attentions, out.hidden_states
         return out.logits.float()
 
     def _prepared(self, tokens: dict[str, Tensor]) -> dict[str, Any]:
-        """The arguments where the model's own `prepare_inputs_for_generation` was replaced, as peft does for learned
-        prompts: it makes them, of all tokens so far."""
+        """The arguments from `prepare_inputs_for_generation`, if it was replaced on the model, as peft does for prompt
+        tuning; it receives all tokens so far."""
         if "inputs_embeds" in tokens:
             raise ValueError("a model with a learned prompt generates from input_ids, not from inputs_embeds")
         first, new = self.ids is None, tokens["input_ids"]
@@ -340,15 +340,15 @@ class Decoder:
             is_first_iteration=first,
         )
         past = made.get("past_key_values")
-        if self.cache is not None and past is not None and past is not self.cache:  # of a learned prefix
+        if self.cache is not None and past is not None and past is not self.cache:  # peft's learned prefix
             self.cache, _ = cache_of(past, self.model.spec, new.shape[0])
-        # Positions follow from the cache, which holds the learned prompt too.
+        # Positions are computed from the cache, which includes the learned prompt.
         made = {k: v for k, v in made.items() if k in self.model.arguments and k != "cache_position"}
         more = {"past_key_values": self.cache, "use_cache": self.cache is not None, "logits_to_keep": 1}
         return {**made, **more, "return_dict": True, **self.wanted}
 
     def _all(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Without a cache: everything so far, once more."""
+        """Without a cache: all tokens so far."""
         if (ids := tokens.get("input_ids")) is None:
             self.embeds = tokens["inputs_embeds"]
             return tokens

@@ -1,4 +1,4 @@
-"""How a model makes the tokens after a prompt, in words: the fast path that it takes, or why it takes none."""
+"""The fast path by which a model decodes (native step or CUDA graph), or the reason why it has none, as text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ log = logging.getLogger("monoblock")
 
 NATIVE, GRAPH = "native step", "CUDA graph"
 
-# What was said of each model: not part of the model, so neither copied nor saved.
-_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+# The paths logged for each model: outside the model, so that they are neither copied nor saved.
+_logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def decoding_path(model: Any) -> str:
-    """The fast path of this model, or what stands in its way."""
+    """The fast path of this model, or the obstacle to it."""
     if not model.can_generate():
         return f"{type(model).__name__} predicts no next token"
     if model.device.type in cuda_graphs.CAPTURE:
@@ -28,11 +28,11 @@ def decoding_path(model: Any) -> str:
 
 
 def report(model: Any, path: str) -> None:
-    """Log how a call decodes, once for each model and path."""
-    said = _said.setdefault(model, set())
-    if path in said:
+    """Log the path by which a call decodes, once per model and path."""
+    logged = _logged.setdefault(model, set())
+    if path in logged:
         return
-    said.add(path)
+    logged.add(path)
     if path in (NATIVE, GRAPH):
         log.info("%s: decoding by the %s", model.row.name, path)
     else:

@@ -1,7 +1,8 @@
-"""A few new tokens of a model in one call of the native library: from modules and caches to its structures.
+"""Decode steps in the native library: one call runs the whole model for a few new tokens.
 
-`obstacle` says what stands in the way of that, `of` makes the `Steps` of one generation. What the library computes is
-what the modules compute, with float32 between the matrices whatever their type. LoRA adapters of peft are part of it.
+`obstacle` returns the reason why a model cannot use it, `of` creates the `Steps` of one generation. The library
+computes the same as the modules, with float32 activations for any dtype of the weights, including peft's LoRA
+adapters.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from monoblock.backends.pytorch.model import Attention
 from monoblock.backends.pytorch.parts import GROUPS, Part, fuse_weights
 from monoblock.native.abi import DecodeStep, LayerCache
 
-# Tokens of all rows together that a step takes; more are better off in the modules' large products.
+# Tokens of a step, all rows together; for more, the modules' large matrix products are faster.
 MOST = 16
 
 
-# ---------------------------------------------------------------------------- whether
+# ---------------------------------------------------------------------------- obstacles
 
 
 class Inventory:
-    """A model's modules and tensors by name, listed once: a walk over the tree takes a millisecond in a deep model."""
+    """A model's modules and tensors by name, listed once: traversing a deep model takes a millisecond."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.named_modules())
@@ -61,7 +62,7 @@ def obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None
     if (why := dispatch.spec_obstacle(model.spec)) is not None:
         return why
     if "row" not in vars(type(model)) or not model.can_generate():
-        return f"{type(model).__name__} may compute something of its own"
+        return f"{type(model).__name__} is a subclass, which may compute something else"
     if (why := dispatch.setting_obstacle(model.device)) is not None:
         return why
     laid = inventory is not None
@@ -106,7 +107,7 @@ def obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None
     return None
 
 
-# What the library computes: PyTorch's modules of these types, and all that these files define.
+# Modules that the library implements: these classes of PyTorch, and all classes of these files.
 _THEIRS = {
     *(nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.Dropout, nn.Identity),
     *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Tanh),
@@ -115,31 +116,31 @@ _OURS = {
     f"monoblock.backends.pytorch.{name}"
     for name in ("model", "heads", "layers", "kernels.linear", "quantization.modules")
 }
-# What drops activations in training mode.
+# Modules that apply dropout in training mode.
 _DROPS = (nn.Dropout, Part)
 _PACKED = (".codes", ".scale", ".low")
-# Roles of the matrices to which the library adds low-rank adapters.
+# Roles of the matrices whose LoRA adapters the library supports.
 _ADAPTABLE = ("qkv", "qkv_by_head", "q", "k", "v", "out", "gate", "up", "down")
 
 
 def _adaptable(model: ModelBase) -> Iterator[str]:
-    """The names of the modules where LoRA is no obstacle."""
+    """The paths of the modules on which LoRA is supported."""
     for role in _ADAPTABLE:
         if role in model.module_paths:
             yield from (model.module_path(role, i) for i in range(model.spec.layers))
     yield model.module_path("head_out")
 
 
-# Each model's weights as they were last found, and their addresses: not part of the model, so neither copied nor saved.
+# Each model's structures and the addresses they were built from: outside the model, so neither copied nor saved.
 _MADE: WeakKeyDictionary[nn.Module, tuple[list[Any], NativeWeights]] = WeakKeyDictionary()
 
 
 def _weights(model: ModelBase, inventory: Inventory, tensors: Sequence[Tensor]) -> NativeWeights:
-    places: list[Any] = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
-    places += [(term.a.data_ptr(), term.scale) for _, m in inventory.modules for term in low_rank.terms(m)]
+    addresses: list[Any] = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
+    addresses += [(term.a.data_ptr(), term.scale) for _, m in inventory.modules for term in low_rank.terms(m)]
     made = _MADE.get(model)
-    if made is None or made[0] != places:
-        made = _MADE[model] = (places, NativeWeights(model))
+    if made is None or made[0] != addresses:
+        made = _MADE[model] = (addresses, NativeWeights(model))
     return made[1]
 
 
@@ -157,26 +158,26 @@ def call_obstacle(model: ModelBase, cache: Cache | None, inventory: Inventory | 
 
 
 def of(model: ModelBase, cache: Cache | None) -> Steps | None:
-    """The steps of one generation over that cache; None where the modules must run them."""
+    """The native steps of one generation with that cache; None if the modules must be used."""
     if cache is None:
         return None
     inventory = Inventory(model)
-    inventory.fuse_groups()  # merging an adapter, say, gives a matrix other memory
+    inventory.fuse_groups()  # merging an adapter, for example, reallocates a matrix
     if call_obstacle(model, cache, inventory) is not None:
         return None
-    # The tensors themselves, so that nothing that the structures point to goes while they are in use.
+    # References to the tensors, so that the memory that the structures point to is not freed.
     tensors = [tensor.detach() for _, _, tensor in inventory.tensors()]
     return Steps(_weights(model, inventory, tensors), tensors, cache)
 
 
 class Steps:
-    """The native steps of one generation: weights, a cache, and memory to work in."""
+    """The native steps of one generation: weights, cache and scratch memory."""
 
     def __init__(self, weights: NativeWeights, tensors: list[Tensor], cache: Cache) -> None:
         self.weights, self.tensors, self.cache = weights, tensors, cache
         self._run = native.library().mb_step
         self._caches = (LayerCache * weights.layers)()
-        # The buffers that they point to, for so many rows.
+        # The cache buffers that the structures point to, and their number of rows.
         self._rows, self._bound = 0, list[Tensor]()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._step = DecodeStep(caches=self._caches)
@@ -189,10 +190,10 @@ class Steps:
         positions_bn: Tensor | None = None,
         valid_bm: Tensor | None = None,
     ) -> Tensor | None:
-        """Take n tokens of each row: scores (b, n, vocabulary) of what follows each, float32.
+        """Process n tokens per row: logits (b, n, vocabulary) after each, float32.
 
-        `types_bn` are rows of the embedding that are added; `positions_bn` (b or 1, n) given positions; `valid_bm`
-        booleans (b, cached + n), False for padding. None, with nothing done: the modules must take these tokens.
+        `types_bn`: token type ids; `positions_bn` (b or 1, n): explicit positions; `valid_bm` (b, cached + n):
+        booleans, False for padding. Returns None, without any effect, if the modules must process these tokens.
         """
         rows, count = ids_bn.shape
         past = self.cache.get_seq_length()
@@ -221,11 +222,11 @@ class Steps:
         return logits
 
     def _bind(self, rows: int, count: int, past: int) -> bool:
-        """Room for the new tokens, and where it is; whether the library can write there."""
+        """Reserve cache slots for the new tokens and set the pointers; False if the library cannot use the buffers."""
         cache, layers = self.cache, self.weights.layers
         if len(cache) != layers or cache.lengths.count(past) != layers:
             return False
-        indices = [cache.place(layer, count) for layer in range(layers)]
+        indices = [cache.reserve(layer, count) for layer in range(layers)]
         buffers = [*cache.keys, *cache.values]
         if self._rows == rows and all(map(_is, buffers, self._bound)):
             for entry, index in zip(self._caches, indices, strict=True):
@@ -252,7 +253,7 @@ class Steps:
 def _shaped(
     ids_bn: Tensor, past: int, types_bn: Tensor | None, positions_bn: Tensor | None, valid_bm: Tensor | None
 ) -> bool:
-    """Whether these have the shapes that `Steps.run` names; the modules refuse others in words."""
+    """Whether the shapes are those that `Steps.run` expects; for others the modules raise an error."""
     rows, count = ids_bn.shape
     if types_bn is not None and types_bn.shape != (rows, count):
         return False

@@ -1,4 +1,4 @@
-"""A model's weights, and a step's inputs, as the structures of native/abi.py."""
+"""A model's weights as the ctypes structures of native/abi.py."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Learned, Rotary
 
 
 def common_dtype(model: ModelBase) -> torch.dtype:
-    """The type of what is never packed."""
+    """The dtype of the weights that are never quantised."""
     name = model.module_path("norm1", 0)
     return model.get_submodule(name).get_parameter("weight").dtype
 
 
 class NativeWeights:
-    """A model's weights as the library's structures, which point to where they lie."""
+    """A model's weights as the library's structures, which hold pointers to the tensors' memory."""
 
     def __init__(self, model: ModelBase) -> None:
         spec = model.spec
@@ -76,7 +76,7 @@ def _layer(model: ModelBase, i: int) -> LayerWeights:
 
 
 def _members(model: ModelBase, i: int, group: tuple[str, ...], single: tuple[str, ...]) -> list[Any]:
-    """A group's modules, or the one module that holds all their matrices."""
+    """The modules of a group, or the single module that has their fused matrix."""
     members = [model.at(role, i) for role in group]
     if any(member is None for member in members):
         return [next(m for role in single if (m := model.at(role, i)) is not None)]
@@ -84,14 +84,14 @@ def _members(model: ModelBase, i: int, group: tuple[str, ...], single: tuple[str
 
 
 def _joint(members: list[Any]) -> Matrix:
-    """Matrices that lie side by side as one."""
+    """Adjacent matrices as one."""
     matrices = [_matrix(member) for member in members]
     matrices[0].outputs = sum(matrix.outputs for matrix in matrices)
     return matrices[0]
 
 
 def _adapters(members: list[Any]) -> Adapters:
-    """The LoRA adapters of matrices that are taken as one."""
+    """The LoRA adapters of adjacent matrices that are used as one."""
     found: list[LowRank] = []
     first = 0
     for member in members:
@@ -130,7 +130,7 @@ def _numbers(spec: ArchSpec) -> dict[str, Any]:
 
 
 def _constants(spec: ArchSpec) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays that belong to no module."""
+    """The constant arrays that belong to no module."""
     made: dict[str, np.ndarray[Any, Any]] = {}
     if rotary := spec.position(Rotary):
         made["inverse_frequencies"] = np.ascontiguousarray(inverse_frequencies(rotary)[0], np.float32)

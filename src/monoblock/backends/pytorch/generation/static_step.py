@@ -1,9 +1,9 @@
-"""One new token as a function of tensors that never move: what a CUDA graph can record and play again.
+"""A decode step over tensors with fixed addresses, which a CUDA graph can capture and replay.
 
-Nothing here depends on what is in the tensors: no number is read back, no shape and no branch changes from token to
-token. The place of the token is a tensor too; which key lies in which slot, and who may see it, follows from it.
+The step never depends on values on the host: no value is read back, and no shape or branch changes from token to token.
+The token's position is a tensor too; the key of each slot and the attention mask are computed from it.
 
-Shape suffixes: b batch, k slots, l places, g key/value heads, d head width, v vocabulary.
+Shape suffixes: b batch, k slots, l positions, g key/value heads, d head width, v vocabulary.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from monoblock.backends.pytorch.ops import Scope, cos_sin
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import Alibi, ArchSpec, Learned, Rotary
 
-# Where attention of one token is the Triton kernels', if Triton is installed.
+# Devices on which the Triton kernels compute the attention of one token, if Triton is installed.
 TRITON = ("cuda",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a step is made for; all else about a text is in its tensors.
+    """The static sizes of a step; everything else about the sequences is in its tensors.
 
-    `slots` of each layer: `length`, or less where a window lets old keys be overwritten. `padded`: whether rows have
-    padding.
+    `slots` of each layer: `length`, or fewer where a window allows old keys to be overwritten. `padded`: whether rows
+    have padding.
     """
 
     rows: int
@@ -46,8 +46,8 @@ class Shape:
 
 
 def held_positions(position_1: Tensor, slots: int) -> Tensor:
-    """(slots,) whose key each slot holds when the token of `place` has been written to slot `place % slots`: the
-    newest place that falls on it. A slot not yet written gets the place after the token's, which nobody may see."""
+    """(slots,) the position of the key in each slot of a ring buffer, after the token at `position` was written to slot
+    `position % slots`. Empty slots get `position + 1`, which the causal mask hides."""
     slot = torch.arange(slots, device=position_1.device)
     at = position_1 - (position_1 - slot).remainder(slots)
     return torch.where(at < 0, position_1 + 1, at)
@@ -55,7 +55,7 @@ def held_positions(position_1: Tensor, slots: int) -> Tensor:
 
 @dataclass
 class SlotScope(Scope):
-    """The scope of one token over slots; `valid_bl` is False for padding, by place."""
+    """The attention mask of one token over slots; `valid_bl` is False for padding, by position."""
 
     in_order: ClassVar[bool] = False
 
@@ -63,7 +63,7 @@ class SlotScope(Scope):
 
     @classmethod
     def of(cls, state: StepState) -> SlotScope:
-        """Over a layer that keeps all keys."""
+        """For a layer without a window, which keeps all keys."""
         whole = cls(
             index_q=state.position_1,
             index_k=state.position_1,
@@ -75,26 +75,26 @@ class SlotScope(Scope):
         return whole._over(state.shape.length, None)
 
     def with_window(self, window: int, kept: int) -> Scope:
-        """Over a layer of that window and that many slots; equal ones share one."""
+        """For a layer with `window` and `kept` slots; cached by these two."""
         if (window, kept) not in self.narrow:
             self.narrow[window, kept] = self._over(kept, window)
         return self.narrow[window, kept]
 
     def fully_masked(self) -> Tensor | None:
-        """None: a new token sees itself."""
+        """None: a new token always attends to itself."""
         return None
 
     def _over(self, slots: int, window: int | None) -> SlotScope:
         at = held_positions(self.index_q, slots)
         valid = self.valid_bl
         if valid is not None:
-            # The place after the last token's may lie outside; it is seen by nobody.
+            # The position of empty slots may be out of range; it is masked anyway.
             valid = valid.index_select(1, at.clamp(max=valid.shape[1] - 1))
         return replace(self, index_k=at, valid_bk=valid, window=window, memo={}, narrow={})
 
 
 class RingBuffers(Cache):
-    """The slots of all layers, written at a place that is a tensor."""
+    """The slots of all layers, written at a position that is a tensor."""
 
     def __init__(self, state: StepState) -> None:
         super().__init__()
@@ -110,8 +110,8 @@ class RingBuffers(Cache):
 
 
 class StepState:
-    """All that a step reads and writes beside the weights: the tokens `ids_b1`, their place and positions, which places
-    are padding, the keys and values, and the constants of the position encodings."""
+    """The tensors that a step reads and writes, except the weights: token ids, position, padding mask, keys and values,
+    and the constants of the position encodings."""
 
     def __init__(self, spec: ArchSpec, shape: Shape) -> None:
         self.shape, device = shape, shape.device
@@ -139,31 +139,31 @@ class StepState:
             self.inverse = torch.tensor(inverse, device=device)[None, None, None]
 
     def load(self, cache: Cache, mask_bl: Tensor | None) -> None:
-        """Begin after the tokens of a cache; `mask_bl` is 0 for padding among them (None: there is none)."""
-        place = cache.get_seq_length()
+        """Copy a cache into the state; `mask_bl` is 0 for padding (None: there is none)."""
+        length = cache.get_seq_length()
         for i, slots in enumerate(self.shape.slots):
             kept = min(cache.held(i), slots)
-            at = torch.arange(place - kept, place, device=self.shape.device) % slots
+            at = torch.arange(length - kept, length, device=self.shape.device) % slots
             for own, theirs in ((self.keys[i], cache.keys[i]), (self.values[i], cache.values[i])):
-                # What an earlier text left is not seen, but 0 times infinity is no number.
+                # Keys of an earlier sequence are masked, but 0 * inf would be NaN.
                 own.zero_()
                 own.index_copy_(2, at, theirs[:, :, cache.held(i) - kept : cache.held(i)])
-        self.position_1.fill_(place)
-        self.positions_b1.fill_(place + self.offset)
+        self.position_1.fill_(length)
+        self.positions_b1.fill_(length + self.offset)
         if self.valid_bl is not None:
             assert mask_bl is not None
             self.valid_bl.fill_(True)
-            self.valid_bl[:, :place] = mask_bl != 0
+            self.valid_bl[:, :length] = mask_bl != 0
             self.positions_b1.copy_((mask_bl != 0).sum(1, keepdim=True) + self.offset)
 
-    def tokens(self, layer: int, place: int) -> tuple[Tensor, Tensor]:
-        """The keys and values before `place` that a layer still holds, in their order; copies."""
+    def tokens(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values of the first `length` tokens that a layer still holds, in order."""
         slots = self.shape.slots[layer]
-        at = torch.arange(max(0, place - slots), place, device=self.shape.device) % slots
+        at = torch.arange(max(0, length - slots), length, device=self.shape.device) % slots
         return self.keys[layer].index_select(2, at), self.values[layer].index_select(2, at)
 
     def reorder(self, index_b: Tensor) -> None:
-        """Row i becomes what row index[i] was; there are as many as before."""
+        """Reorder the rows: row i becomes the former row `index_b[i]`. The number of rows does not change."""
         rows = [*self.keys, *self.values]
         if self.valid_bl is not None:
             rows += [self.valid_bl, self.positions_b1]
@@ -172,7 +172,7 @@ class StepState:
 
 
 def static_step(model: Any, state: StepState) -> Tensor:
-    """Scores (b, v), float32, of the token after `state.ids_b1`; the state moves on to the next place."""
+    """Logits (b, v), float32, for the token after `state.ids_b1`; advances the state's position."""
     x = model.get_input_embeddings()(state.ids_b1)
     scope = SlotScope.of(state)
     context = ForwardContext(
@@ -195,7 +195,7 @@ def static_step(model: Any, state: StepState) -> Tensor:
 
 
 def _has_kernels(model: ModelBase, state: StepState) -> bool:
-    """Whether triton_step.py's kernels are there, and are what the model asks for."""
+    """Whether triton_step.py's kernels are available and fit the model's options."""
     return (
         state.shape.device.type in TRITON
         and importlib.util.find_spec("triton") is not None

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from monoblock.backends.pytorch.kernels import attention_cuda, attention_flex, dispatch, native_ops
 from monoblock.backends.pytorch.ops import Kernel, Scope
 
-# Queries of one block of the block-wise kernel: their mask of QUERY_BLOCK x keys stays in the processor's cache.
+# Queries of a block of the blockwise kernel: their mask of QUERY_BLOCK x keys stays in the CPU's cache.
 QUERY_BLOCK = 256
 
 
@@ -24,12 +24,13 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
     """Attention without a heads x queries x keys array; (b, h, q, d).
 
     On a GPU: see attention_cuda.py. One query: one fused call. On a CPU without gradients: the native kernel. Queries
-    that line up with the keys, on a CPU: one call of the flash kernel, with ALiBi and padding as a bias on the keys.
-    Everything else: the fused kernel for one block of queries after the other, each with its own mask; in training
-    the mask is made again for the backward pass. Compiled, exported, traced and transformed calls: `_portable`.
+    aligned with the keys, on a CPU: one call of the flash kernel, with ALiBi and padding as a bias on the keys.
+    Otherwise: the fused kernel for each block of queries in order, with its own mask; in training the mask is
+    recomputed for the backward pass. Compiled, exported, traced and transformed calls: `_portable`.
     """
     if dispatch.autocast(q_bhqd.device):
-        # Heads have autocast's dtype already; in that dtype a mask's minimum would be infinite and ALiBi too coarse.
+        # The heads have autocast's dtype already; in that dtype a mask's minimum would overflow and ALiBi be too
+        # coarse.
         with torch.autocast(q_bhqd.device.type, enabled=False):
             return attend(q_bhqd.to(v_bgkd.dtype), k_bgkd.to(v_bgkd.dtype), v_bgkd, scope, kernel)
     if dispatch.transformed():
@@ -60,7 +61,7 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
 def _portable(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
     """One call of the public fused function, whose mask all layers of a window share: nothing depends on a value or
     branches on a length, so that one program serves all lengths. Under function transforms the formula, which has all
-    derivatives; as it has the cap on scores."""
+    derivatives; also for a softcap."""
     if kernel.softcap is not None or dispatch.differentiated():
         return attend_eager(q_bhqd, k_bgkd, v_bgkd, scope, kernel)[0]
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
@@ -75,13 +76,13 @@ def _portable(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kern
         scale=kernel.scale,
     )
     if torch.compiler.is_exporting():
-        # Its memory's order is a choice of the kernel's, which a later lowering may make otherwise.
+        # The kernel chooses the output's strides, and a later lowering may choose others.
         out = out.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
     return fill_fully_masked(out, v_bhkd, scope)
 
 
 def _mask(scope: Scope, dtype: torch.dtype) -> Tensor | None:
-    """All that is added to scores; None where the causal mask is all."""
+    """The additive mask; None if the kernel's causal mask is sufficient."""
     if scope.aligned and scope.by_key and scope.valid_bk is None and scope.slopes_h is None:
         return None
     if "mask" not in scope.memo:
@@ -90,8 +91,8 @@ def _mask(scope: Scope, dtype: torch.dtype) -> Tensor | None:
 
 
 def prepare(scope: Scope, windows: Sequence[int | None], dtype: torch.dtype) -> None:
-    """Make what the blocks of a transformed call share, since a compiled block that is checkpointed keeps nothing.
-    `dtype`: the hidden states'."""
+    """Precompute the masks that the blocks of a transformed call share, since a compiled, checkpointed block cannot
+    store them. `dtype`: that of the hidden states."""
     if not dispatch.transformed() or not scope.aligned:
         return
     device = scope.index_k.device
@@ -104,8 +105,8 @@ def prepare(scope: Scope, windows: Sequence[int | None], dtype: torch.dtype) -> 
 
 
 def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
-    """The project's own kernel: heads share keys as they lie, ALiBi is exact at any distance, and blocks of keys that
-    are masked for all queries are skipped. Fully masked rows get the mean of all values (`fill_fully_masked`)."""
+    """The native kernel: grouped heads without copies, exact ALiBi at any distance, and KV blocks that are
+    masked for all queries are skipped. Fully masked rows get the mean of all values (`fill_fully_masked`)."""
     segments = None if scope.segment_bk is None else scope.segment_bk.to(torch.int32)
     out_bqhd = native_ops.attention(
         q_bhqd,
@@ -123,11 +124,11 @@ def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel
 
 
 def fill_fully_masked(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
-    """Queries that see no key get equal weights on the keys that the spec says: the kernels agree on padding too, which
-    a loss over all positions of a row (a span's) takes in."""
-    if (fully_masked := scope.fully_masked()) is None:
+    """Give fully masked queries equal weights on the keys chosen by the spec's `masked_rows`, so that all kernels agree
+    on padding too, which enters losses over all positions of a row (question answering)."""
+    if (masked := scope.fully_masked()) is None:
         return out_bhqd
-    return torch.where(fully_masked, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
+    return torch.where(masked, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
 
 
 def _one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
@@ -150,8 +151,8 @@ def _one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, ker
 
 
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool, scale: float) -> Tensor:
-    """PyTorch's CPU flash kernel, called by its own name: the public function refuses a bias beside is_causal."""
-    # Beside float64 queries it takes float32's bytes for float64's, without a word.
+    """PyTorch's CPU flash kernel, called directly: the public function refuses a bias together with is_causal."""
+    # With float64 queries it would silently reinterpret a float32 bias as float64.
     bias = bias.to(mask_dtype(q.dtype, q.device)).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=bias, scale=scale
@@ -189,9 +190,9 @@ def attend_eager(
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
     bias = scope.bias(0, None, 0, None, torch.float32)
     weights = _weights(q_bhqd, k_bhkd, bias, kernel).to(v_bhkd.dtype)
-    if (fully_masked := scope.fully_masked()) is not None:
-        # By name, so that masked scores get no gradient.
-        weights = torch.where(fully_masked, scope.equal_weights(weights.dtype), weights)
+    if (masked := scope.fully_masked()) is not None:
+        # Explicitly, so that masked scores get no gradient.
+        weights = torch.where(masked, scope.equal_weights(weights.dtype), weights)
     return weights @ v_bhkd, weights
 
 
@@ -213,24 +214,24 @@ def repeat_groups(x_bgkd: Tensor, heads: int) -> Tensor:
 
 
 def mask_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """float32 where the fused kernel takes it beside narrower queries (CPU), else the queries' own."""
+    """float32 where the fused kernel takes it with narrower queries (CPU), else the queries' dtype."""
     return torch.float32 if device.type == "cpu" and dtype != torch.float64 else dtype
 
 
-# ---------------------------------------------------------------------------- chosen by name
+# ---------------------------------------------------------------------------- other implementations
 
 
 def attend_flex(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
-    """PyTorch's flex attention, compiled. A single query is not worth that: it goes to `attend`. So do transformed
-    calls, and masks of the caller's, whose blocks are not known."""
+    """PyTorch's flex attention, compiled. A single query goes to `attend`, as it would not gain. So do
+    transformed calls, and explicit masks, whose block structure is unknown."""
     if q_bhqd.shape[2] == 1 or dispatch.transformed() or scope.given is not None:
         return attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     return fill_fully_masked(attention_flex.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel), v_bgkd, scope)
 
 
 def attend_flash2(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
-    """The flash-attn package (GPU, fp16 or bf16). What it cannot do (padding, packed
-    rows, buckets) goes to `attend`."""
+    """The flash-attn package (GPU, fp16 or bf16). Padding, packed documents and relative
+    position buckets, which it does not support, go to `attend`."""
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     if any(x is not None for x in (scope.valid_bk, scope.segment_bk, scope.relative, scope.given)):
@@ -257,7 +258,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Scope, Kernel], Ten
 
 
 def implementation(name: str | None) -> str:
-    """A checked `attn_implementation`; None is sdpa. ValueError or ImportError say what is missing."""
+    """A checked `attn_implementation`; None is sdpa. ValueError: unknown. ImportError: a GPU or package is missing."""
     name = name or "sdpa"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")

@@ -1,13 +1,13 @@
-"""Attention on CUDA: which of PyTorch's fused kernels runs, and what is done to the tensors so that it fits.
+"""Attention on CUDA: the choice of PyTorch's fused kernels, and the transformations of tensors that they need.
 
-    one new token                            memory-efficient kernel with a mask, the keys in splits
+    one new token                            memory-efficient kernel with a mask, the keys in splits (flash decoding)
     a prompt, 16 bits, causal or not         flash kernel, grouped heads as they are
-    the same with ALiBi or padding           flash kernel, the bias in eight more channels of the heads
+    the same with ALiBi or padding           flash kernel, the bias in eight additional channels
     fp32, windows, packed rows, chunks       `None`: attention.py's blocks of queries, each with its own mask
-    dropout, a cap on scores                 `None`
+    dropout, softcap                         `None`
 
-Nothing is compiled. `attn_implementation="flex_attention"` (attention_flex.py) compiles one kernel for windows, caps
-and ALiBi alike.
+No kernel is compiled. `attn_implementation="flex_attention"` (attention_flex.py) compiles one kernel for windows,
+softcaps and ALiBi alike.
 
 Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads, r heads of a group, n splits, d head width.
 """
@@ -26,16 +26,16 @@ from monoblock.backends.pytorch.ops import Kernel, Scope
 DEVICES = ("cuda",)
 WIDEST = 256  # channels of a head that the flash kernel takes
 EXTRA = 8  # channels that carry a bias
-BASE = 128  # of the digits of a place: digits below it, and 128 times them, are exact in bf16
+BASE = 128  # base of the digits of a position: digits, and 128 times digits, are exact in bf16
 PADDING = 8192.0  # its square, times any usual scale, is far below every score
-FINEST_SCALE = 1 / 256  # of scores, for which the above holds and nothing overflows in fp16
+FINEST_SCALE = 1 / 256  # smallest scale of scores for which the above holds and fp16 does not overflow
 
-# One query reads the keys with at least this many blocks of threads at once, if that leaves each this many keys.
+# The keys of one query are divided among at least BLOCKS thread blocks, if each gets FEWEST_KEYS keys or more.
 BLOCKS, FEWEST_KEYS = 128, 128
 
 
 def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor | None:
-    """(b, h, q, d), or None where no kernel of this file fits. Queries that see no key get any values."""
+    """(b, h, q, d), or None where no kernel of this file fits. The output of fully masked queries is arbitrary."""
     if kernel.dropout or kernel.softcap is not None:
         return None
     if q_bhqd.shape[2] == 1:
@@ -51,7 +51,7 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
         v_bgkd = F.pad(v_bgkd, (0, EXTRA))
     shared = q_bhqd.shape[1] // k_bgkd.shape[1]
     if shared > 1 and not has_flash(q_bhqd.device):
-        # The kernel that takes its place has no groups.
+        # The fallback kernel has no grouped heads.
         k_bgkd, v_bgkd, shared = (*(x.repeat_interleave(shared, dim=1) for x in (k_bgkd, v_bgkd)), 1)
     out = F.scaled_dot_product_attention(
         q_bhqd, k_bgkd, v_bgkd, is_causal=scope.causal, scale=kernel.scale, enable_gqa=shared > 1
@@ -66,25 +66,23 @@ def has_flash(device: torch.device) -> bool:
 
 
 def bias_channels(scope: Scope, scale: float, q_bhqd: Tensor, k_bgkd: Tensor) -> tuple[Tensor, Tensor]:
-    """Channels whose product, times `scale`, is ALiBi's slope times the key's place, and very low for padding.
+    """Channels whose product, times `scale`, is ALiBi's slope times the key's position, and very low for padding.
 
-    Softmax ignores what all keys of a query share, so the query's own place is not needed. A place is three digits
-    to the base 128 and a slope the sum of two numbers of the heads' dtype, so that nothing is lost in 16 bits.
+    Softmax is invariant to a constant per query, so the query's own position is not needed. A position is split into
+    three digits to base 128, and a slope into a sum of two numbers of the heads' dtype, so that 16 bits lose nothing.
     """
     dtype = q_bhqd.dtype
-    place = scope.index_k
-    digits = torch.stack([place % BASE, place // BASE % BASE * BASE, place // BASE**2 % BASE * BASE], dim=-1)
-    keys = torch.zeros(*k_bgkd.shape[:3], EXTRA, dtype=dtype, device=place.device)
-    queries = torch.zeros(*q_bhqd.shape[:3], EXTRA, dtype=dtype, device=place.device)
+    index = scope.index_k
+    digits = torch.stack([index % BASE, index // BASE % BASE * BASE, index // BASE**2 % BASE * BASE], dim=-1)
+    keys = torch.zeros(*k_bgkd.shape[:3], EXTRA, dtype=dtype, device=index.device)
+    queries = torch.zeros(*q_bhqd.shape[:3], EXTRA, dtype=dtype, device=index.device)
     if scope.slopes_h is not None:
         slope = scope.slopes_h.float()[:, None] / scale
         high = slope.to(dtype)
         low = (slope - high.float()).to(dtype)
         keys[..., :3] = keys[..., 3:6] = digits.to(dtype)
         factors = high.new_ones(3)
-        factors[2] = (
-            BASE  # the highest digit comes 128 times too small: a place may be beyond fp16's largest number
-        )
+        factors[2] = BASE  # the highest digit is stored divided by 128: a position may exceed fp16's maximum
         queries[..., :3] = (high * factors)[:, None]
         queries[..., 3:6] = (low * factors)[:, None]
     if scope.valid_bk is not None:
@@ -94,12 +92,12 @@ def bias_channels(scope: Scope, scale: float, q_bhqd: Tensor, k_bgkd: Tensor) ->
 
 
 def one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, scale: float) -> Tensor:
-    """One query for each head, (b, h, 1, d). The heads of a group become queries of one key/value head; keys that lie
-    in one block of memory are read in splits by many more multiprocessors than there are such heads."""
+    """One query for each head, (b, h, 1, d). The heads of a group become queries of one key/value head; contiguous keys
+    are read in splits, to use more multiprocessors than there are key/value heads."""
     b, h, _, d = q_bhqd.shape
     g, keys = k_bgkd.shape[1], k_bgkd.shape[2]
     q_bgrd = q_bhqd.reshape(b, g, h // g, d)
-    # What the kernel by its own name asks for, and the public function sees to.
+    # Requirements of the kernel that the public function would ensure.
     fits = k_bgkd.is_contiguous() and v_bgkd.is_contiguous() and d * q_bhqd.element_size() % 16 == 0
     n = kv_splits(b * g, keys) if fits else 1
     if (bias := scope.memo.get(f"{n} splits")) is None:
@@ -109,7 +107,7 @@ def one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, scal
     if n == 1:
         out = F.scaled_dot_product_attention(q_bgrd, k_bgkd, v_bgkd, attn_mask=bias, scale=scale)
         return out.reshape(b, h, 1, d)
-    # Each piece is a key/value head of its own.
+    # Each split becomes a separate key/value head.
     out, logs = PARTIAL[q_bhqd.device.type](
         q_bgrd.repeat_interleave(n, dim=1),
         k_bgkd.reshape(b, g * n, keys // n, d),
@@ -123,7 +121,7 @@ def one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, scal
 
 
 def kv_splits(heads: int, keys: int) -> int:
-    """In how many splits the keys are read: a power of two that divides them and leaves masks aligned."""
+    """The number of splits of the keys: a power of two that divides them and keeps masks aligned."""
     count = 1
     while heads * count < BLOCKS and keys // (2 * count) >= FEWEST_KEYS and keys % (32 * count) == 0:
         count *= 2
@@ -143,6 +141,6 @@ def _partial_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
     )
 
 
-# Attention over a piece, and the logarithm of the sum of its weights (b, heads, queries or more).
+# Attention over a split, and the log-sum-exp of its scores (b, heads, queries or more).
 Partial = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 PARTIAL: dict[str, Partial] = {"cuda": _partial_cuda, "cpu": _partial_cpu}

@@ -1,5 +1,5 @@
-"""PyTorch's flex attention, compiled: masks, ALiBi and the cap on scores become one kernel, and blocks of keys that no
-query of a block may see are skipped.
+"""PyTorch's flex attention, compiled: masks, ALiBi and softcap in one kernel, which skips blocks of keys that are
+masked for all queries of a block.
 
 Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads, d head width; m blocks of queries, n of keys.
 """
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from monoblock.backends.pytorch.ops import Kernel, Scope
 
-BLOCK = 128  # queries and keys of a block: what the kernels are made for
+BLOCK = 128  # queries and keys of a block: the kernels' default
 
 Mod = Callable[..., Tensor]
 
 
 def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
-    """(b, h, q, d); ValueError for what flex attention has not. Queries that see no key get zeros."""
+    """(b, h, q, d); ValueError for unsupported options. The output of fully masked queries is 0."""
     if kernel.dropout:
         raise ValueError(
             "flex_attention has no attention dropout: set it to 0 or use attn_implementation='sdpa'"
@@ -47,11 +47,11 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
 
 
 def _score(scope: Scope, kernel: Kernel, device: torch.device) -> Mod | None:
-    """What is done to a score: the cap, and ALiBi; None if nothing."""
+    """The score_mod: softcap and ALiBi; None if there is neither."""
     slopes, index_q, index_k = scope.slopes_h, scope.index_q, scope.index_k
     if kernel.softcap is None and slopes is None:
         return None
-    # As a tensor, since PyTorch 2.13 cannot compile a number that it takes for a variable.
+    # A tensor, since PyTorch 2.13 cannot compile a Python number that it makes symbolic.
     cap = None if kernel.softcap is None else torch.tensor(kernel.softcap, device=device)
 
     def score(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -65,10 +65,10 @@ def _score(scope: Scope, kernel: Kernel, device: torch.device) -> Mod | None:
     return score
 
 
-def _seen(scope: Scope) -> Mod:
-    """Which key each query sees, for places in the arrays."""
+def _visible(scope: Scope) -> Mod:
+    """The mask_mod: which keys are visible to each query, by array index."""
 
-    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         del h
         distance = scope.index_q[q] - scope.index_k[k]
         inside = distance >= 0 if scope.causal else distance == distance
@@ -81,13 +81,13 @@ def _seen(scope: Scope) -> Mod:
             inside = inside & (own == scope.segment_bk[b, k])
         return inside
 
-    return seen
+    return visible
 
 
 def block_mask(scope: Scope, *, backward: bool) -> Any:
-    """The blocks that are computed, those of them where every query sees every key, and `_seen` for the others.
+    """The BlockMask: fully and partly visible blocks, with `_visible` for the latter.
 
-    Made from the ends of the blocks, never from an array of queries x keys. `backward`: also what gradients need.
+    Computed from the blocks' end points, never from an array of queries x keys. `backward`: also for gradients.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -99,7 +99,7 @@ def block_mask(scope: Scope, *, backward: bool) -> Any:
     return BlockMask.from_kv_blocks(
         *arrays,
         BLOCK_SIZE=BLOCK,
-        mask_mod=_seen(scope),
+        mask_mod=_visible(scope),
         seq_lengths=(scope.index_q.shape[0], scope.index_k.shape[0]),
         **({} if not _q_blocks_are_optional() else {"compute_q_blocks": backward}),
     )
@@ -114,9 +114,9 @@ def _q_blocks_are_optional() -> bool:
 
 
 def blocks(scope: Scope) -> tuple[Tensor, Tensor]:
-    """(b or 1, m, n) whether some query may see some key of a block, and whether all see all."""
+    """(b or 1, m, n) whether some query may attend to some key of a block, and whether all attend to all."""
     (q0, q1, whole_q), (k0, k1, whole_k) = _ends(scope.index_q), _ends(scope.index_k)
-    full = whole_q[:, None] & whole_k[None]  # of a block beyond the end, some keys are not there
+    full = whole_q[:, None] & whole_k[None]  # incomplete blocks are never full
     some = torch.ones_like(full)
     if scope.causal:
         some, full = some & (k0[None] <= q1[:, None]), full & (k1[None] <= q0[:, None])
@@ -133,7 +133,7 @@ def blocks(scope: Scope) -> tuple[Tensor, Tensor]:
 
 
 def _ends(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first and the last place of each block, and whether it is complete."""
+    """The first and the last index of each block, and whether it is complete."""
     count = -(-index.shape[0] // BLOCK)
     start = torch.arange(count, device=index.device) * BLOCK
     last = (start + BLOCK - 1).clamp(max=index.shape[0] - 1)
@@ -144,5 +144,5 @@ def _ends(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _flex(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # For CPUs PyTorch 2.13 writes C++ that does not compile if lengths are variables: there each has a kernel.
+    # On CPUs PyTorch 2.13 generates invalid C++ for symbolic lengths, so each length is compiled separately.
     return torch.compile(flex_attention, dynamic=device != "cpu")

@@ -1,7 +1,8 @@
-"""Which implementation a call takes: native kernels for plain eager tensors, PyTorch's operators for everything else.
+"""Conditions for bypassing PyTorch's dispatcher: native kernels take plain eager tensors only.
 
-Native kernels read memory behind the dispatcher's back, so nothing may stand between a call and its tensors: no tracer,
-compiler or exporter, no function transform, no dispatch mode, no autocast, no tensor subclass.
+Native kernels read the tensors' memory directly, so no tracer, compiler, exporter, functorch transform, dispatch mode,
+autocast or tensor subclass may be active. Otherwise PyTorch's operators run. The `*_obstacle` functions return the
+reason against a fast path as text, or None.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from torch.autograd import forward_ad
 from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Buckets, Learned, Rotary
 
-# Classes of tensors whose operators are PyTorch's own: no subclass that shards, quantises or records.
+# Plain tensor classes: no subclass that shards, quantises or traces.
 ORDINARY = (Tensor, nn.Parameter)
 
 
 def transformed() -> bool:
     """Whether this call is compiled, exported, traced, or under a functorch transform, a dispatch mode or forward-mode
-    differentiation. Then tensors may have no values to read, and all operators must be PyTorch's."""
+    differentiation. Then tensors may have no values, and all operators must be PyTorch's."""
     # First, so that a compiler that traces this function sees a constant.
     return (
         torch.compiler.is_compiling()
@@ -32,12 +33,12 @@ def transformed() -> bool:
 
 
 def traced() -> bool:
-    """Whether `torch.jit.trace`, or the older ONNX exporter, records this call."""
+    """Whether `torch.jit.trace`, or the older ONNX exporter, traces this call."""
     return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def differentiated() -> bool:
-    """Whether functorch transforms or forward-mode differentiation are active, in which PyTorch's fused attention
+    """Whether functorch transforms or forward-mode differentiation are active, for which PyTorch's fused attention
     kernels have no rules, or fall back to a loop."""
     if torch.compiler.is_compiling():
         return False
@@ -75,10 +76,10 @@ def native(*tensors: Tensor | None, gradient: bool = False) -> bool:
 
 
 def altered(module: nn.Module, *, captured: bool = False) -> str | None:
-    """What makes calling this module more than its class's own forward; None if nothing does.
+    """The hook or override on this module that calling its class's forward directly would skip; None if there is none.
 
-    `captured`: the module is called, without gradients, and its kernels are replayed: then only what Python does in
-    each call is lost.
+    `captured`: the module is called during a graph capture, without gradients, so that backward hooks and compilation
+    do not matter.
     """
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
@@ -86,14 +87,14 @@ def altered(module: nn.Module, *, captured: bool = False) -> str | None:
     if not captured and (own["_backward_hooks"] or own.get("_backward_pre_hooks")):
         return "a backward hook"
     if "forward" in own:
-        return "a forward method of its own"
+        return "an overridden forward method"
     if not captured and own.get("_compiled_call_impl") is not None:
-        return "a compilation of its own"
+        return "a compiled forward"
     return None
 
 
 def foreign(module: nn.Module) -> str:
-    """What a module is that no kernel here knows: adapters by their package, others by their class."""
+    """The description of an unsupported module: adapters by their package, others by their class."""
     kind = type(module)
     package, *path = kind.__module__.split(".")
     if package == "peft":
@@ -103,7 +104,7 @@ def foreign(module: nn.Module) -> str:
 
 
 def hooked_everywhere() -> bool:
-    """Whether hooks on all modules are registered."""
+    """Whether global module hooks are registered."""
     module = nn.modules.module
     return bool(
         module._global_forward_hooks
@@ -113,11 +114,12 @@ def hooked_everywhere() -> bool:
     )
 
 
-# ---------------------------------------------------------------------------- whole models, in words
+# ---------------------------------------------------------------------------- obstacles of whole models
 
 
 def module_obstacle(name: str, module: nn.Module, *, known: bool, captured: bool = False) -> str | None:
-    """Why a module of a model must be called: it is not `known`, or more than its class; None if it need not be."""
+    """Why a module of a model must be called: it is not `known`, or it is hooked or overridden; None if it need not
+    be."""
     where = name or "the model"
     if not known:
         return f"{foreign(module)} in {where}"
@@ -126,7 +128,8 @@ def module_obstacle(name: str, module: nn.Module, *, known: bool, captured: bool
 
 
 def setting_obstacle(device: torch.device) -> str | None:
-    """What PyTorch's settings add to all modules on that device; None if nothing."""
+    """The global setting of PyTorch (autocast, global hooks) that affects all modules on that device; None if none
+    does."""
     if autocast(device):
         return "autocast"
     if hooked_everywhere():
@@ -135,14 +138,15 @@ def setting_obstacle(device: torch.device) -> str | None:
 
 
 def spec_obstacle(spec: ArchSpec) -> str | None:
-    """Why a token is not computed by the same program at each position, from cached keys; None if it is."""
+    """The part of the spec for which decode steps are not the same computation at each position; None if there is
+    none."""
     learned = spec.position(Learned)
     if not spec.causal:
         return "bidirectional attention"
     if spec.position(Buckets) is not None:
-        return "position biases by buckets"
+        return "relative position buckets"
     if learned is not None and learned.pad_id is not None:
-        return "positions that depend on the ids of padding"
+        return "positions that depend on padding ids"
     if is_dynamic(spec.position(Rotary)):
-        return "dynamic RoPE scaling, which rotates cached keys anew as the text grows"
+        return "dynamic RoPE scaling, which changes the rotation of cached keys with the length"
     return None

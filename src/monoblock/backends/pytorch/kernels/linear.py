@@ -1,4 +1,4 @@
-"""Dense layers by the fastest way known for the device, the dtype and the number of rows, and their operators.
+"""Dense layers: the choice of the fastest implementation for device, dtype and number of rows; their operators.
 
     monoblock::linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor
         x (..., in), weight (out, in), both of one dtype; gives (..., out) in x's dtype. Differentiable, twice too.
@@ -14,15 +14,15 @@ all that the core can read is 40 GB/s, and two cores together 50 to 80):
                                    where F.linear has 16, 17, 16, 15, 12
     CPU, float32, up to 8 rows     the native kernels; at 1, 2, 4, 8 rows 37, 32, 25, 15 GB/s, where F.linear (MKL) has
                                    16, 10, 10, 8 and oneDNN 21, 18, 18, 16; at 16 oneDNN is 15% faster
-    CPU, float32, more; training   oneDNN on the plain matrix: more than twice MKL's rate, which treats processors of
-                                   other makers as old ones; forward and backward alike
+    CPU, float32, more; training   oneDNN on the plain matrix: more than twice MKL's rate, which treats other vendors'
+                                   processors as old ones; forward and backward alike
     CPU, bfloat16, more rows       with AVX-512 BF16 the native kernels, 1.02 to 1.1 times F.linear (oneDNN), which
-                                   orders the weights anew for each product; with AMX, and without either, F.linear
-    CPU, packed, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
-                                   Without AVX-512 VNNI or BF16 more than 16 rows are unpacked. Also where the
-                                   kernels were built without OpenMP and have one thread: PyTorch would unpack
+                                   reorders the weights in each product; with AMX, and without either, F.linear
+    CPU, quantised, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
+                                   Without AVX-512 VNNI or BF16 more than 16 rows are dequantised. Also where the
+                                   kernels were built without OpenMP and have one thread: PyTorch would dequantise
                                    the whole matrix for each product
-    all else                       F.linear
+    otherwise                      F.linear
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.native.abi import Matrix
 from monoblock.quantization import LOSSLESS
 
-FEW = 16  # rows up to which reading the weights is what takes the time
-FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}  # of plain weights
-# Weights that are unpacked at a time: they stay in the caches, and in memory that is used again.
+FEW = 16  # rows up to which a product is bound by reading the weights
+FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}  # for unquantised weights
+# Weights that are dequantised at a time: they stay in the CPU's caches, in reused memory.
 BLOCK = 1 << 22
 FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
 QUANTIZED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"], LOSSLESS: native.FORMATS["lossless"]}
 
-# Elsewhere PyTorch is built with libraries for that very processor.
+# On other architectures PyTorch is built with libraries for the processor.
 ONEDNN = (
     platform.machine().lower() in ("x86_64", "amd64")
     and torch.backends.mkldnn.is_available()
@@ -61,7 +61,7 @@ ONEDNN = (
 class Linear(nn.Linear):
     """`nn.Linear`, faster on a CPU."""
 
-    fusible = True  # its product is `dense`, so that several side by side may be one
+    fusible = True  # its product is `dense`, so that adjacent ones can be fused
 
     def forward(self, input: Tensor) -> Tensor:
         return product(input, self.weight, self.bias)(input, self.weight, self.bias)
@@ -73,7 +73,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """The function that multiplies these, by the rules above; it takes the same three."""
+    """The function to multiply these by, according to the rules above; it takes the same three arguments."""
     fits = x.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype
     if not (fits and dispatch.native(x, weight, bias, gradient=True)):
         return F.linear
@@ -84,7 +84,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Ten
 
 
 def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """`product` where there are no gradients."""
+    """`product` without gradients."""
     if x.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype and x.shape[-1:] == weight.shape[1:]:
         size, inputs = x.numel(), weight.shape[1]
         own = size <= FEW_OF[x.dtype] * inputs or _by_pairs(x, inputs)
@@ -97,7 +97,7 @@ def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Te
 
 
 def _by_pairs(x: Tensor, inputs: int) -> bool:
-    """Whether the native kernels are the fastest way for any number of rows of bfloat16."""
+    """Whether the native kernels are the fastest for any number of rows of bfloat16."""
     return x.dtype == torch.bfloat16 and native.has_bf16_gemm(inputs)
 
 
@@ -110,7 +110,8 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def native_matrix(weight: Tensor | QuantizedTensor, bias: Tensor | None) -> Matrix:
-    """A matrix (outputs, inputs) and its bias as the native library reads them: it keeps addresses, no tensors."""
+    """A matrix (outputs, inputs) and its bias as the native library's structure, which holds pointers, not
+    references."""
     where = None if bias is None else bias.data_ptr()
     bias_format = 0 if bias is None else FORMATS[bias.dtype]
     if isinstance(weight, QuantizedTensor):
@@ -139,8 +140,8 @@ def _native(x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None) ->
         flat = flat.contiguous()
     outputs, kind = matrix.outputs, FORMATS[x.dtype]
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
-    place = (flat.data_ptr(), kind, flat.stride(0), flat.shape[0], y.data_ptr(), kind, outputs)
-    if native.library().mb_linear(byref(matrix), *place, torch.get_num_threads()):
+    arguments = (flat.data_ptr(), kind, flat.stride(0), flat.shape[0], y.data_ptr(), kind, outputs)
+    if native.library().mb_linear(byref(matrix), *arguments, torch.get_num_threads()):
         raise MemoryError(f"no memory for the inputs of a product with {outputs} x {x.shape[-1]} weights")
     return y
 
@@ -152,7 +153,7 @@ def _native(x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None) ->
     "monoblock::linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 )
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` as an operator of its own."""
+    """`F.linear` as a separate operator."""
     return _fastest(x, weight, bias)(x, weight, bias)
 
 
@@ -170,7 +171,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad
     own = gradient.reshape(-1, weight.shape[0])
-    # Products of the same kind, so that they are as fast, and can be differentiated in their turn.
+    # `dense` again: as fast, and differentiable itself.
     return (
         dense(gradient, weight.t(), None) if needs[0] else None,
         dense(own.t(), x.reshape(-1, weight.shape[1]).t(), None) if needs[1] else None,
@@ -182,8 +183,8 @@ linear.register_autograd(_backward, setup_context=_keep)
 
 
 class Product(torch.autograd.Function):
-    """`linear` with its gradients where nothing is compiled: the operator's own make PyTorch import its compiler, a
-    second and 70 MB."""
+    """`linear` with gradients in eager mode: the operator's autograd formula would make PyTorch import its compiler,
+    which takes a second and 70 MB."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -195,11 +196,11 @@ class Product(torch.autograd.Function):
         return _backward(ctx, *gradients)
 
 
-# ---------------------------------------------------------------------------- several layers as one
+# ---------------------------------------------------------------------------- fused layers
 
 
 def fused(x: Tensor, part: Any, group: tuple[str, ...]) -> Tensor | None:
-    """The outputs (..., sum of outputs) of the linear layers of a group in one product; None where the layers must be
+    """The outputs (..., sum of outputs) of a group's linear layers in one product; None if the layers must be
     called one by one (see `Part.fused`)."""
     if dispatch.transformed() or dispatch.autocast(x.device):
         return None
@@ -223,7 +224,7 @@ def fused(x: Tensor, part: Any, group: tuple[str, ...]) -> Tensor | None:
 
 
 class JointProduct(torch.autograd.Function):
-    """One product with several matrices side by side, and the gradient of each."""
+    """One product with several adjacent matrices, and the gradient of each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ class JointProduct(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         weights = tensors[: len(tensors) // 2] if ctx.biased else tensors
         rows, needs = [w.shape[0] for w in weights], ctx.needs_input_grad
-        # A gradient of the gradient must reach the weights themselves.
+        # For double backward, the graph must reach the weights themselves.
         weight = torch.cat(weights) if torch.is_grad_enabled() else ctx.whole
         own = gradient.reshape(-1, weight.shape[0])
         to_x = dense(gradient, weight.t(), None) if needs[0] else None
@@ -269,7 +270,7 @@ def quantized_linear(
     group: int,
     in_features: int,
 ) -> Tensor:
-    """The product with a quantised matrix, whose parts an operator takes one by one."""
+    """The product with a quantised matrix, whose tensors are separate arguments of the operator."""
     return _quantized(x, QuantizedTensor(codes, scale, low, bits, group, in_features), bias)
 
 
@@ -302,7 +303,7 @@ def _quantized(x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tenso
 
 
 def _by_blocks(library: Any, x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    """The product with a matrix in 12 bits, of which a block of rows at a time is bfloat16."""
+    """The product with a 12-bit matrix, of which one block of rows at a time is decompressed to bfloat16."""
     y = x.new_empty((*x.shape[:-1], matrix.rows))
     step = max(1, BLOCK // matrix.columns)
     for first in range(0, matrix.rows, step):
@@ -314,7 +315,7 @@ def _by_blocks(library: Any, x: Tensor, matrix: QuantizedTensor, bias: Tensor | 
 
 
 def _bfloat16(library: Any, matrix: QuantizedTensor) -> Tensor:
-    """A matrix in 12 bits as bfloat16, by the library."""
+    """A 12-bit matrix decompressed to bfloat16 by the library."""
     weight = torch.empty((matrix.rows, matrix.columns), dtype=torch.bfloat16)
     library.mb_unfold(byref(native_matrix(matrix, None)), weight.data_ptr(), torch.get_num_threads())
     return weight

@@ -2,7 +2,7 @@
 
     y = W x + sum over the active adapters of scale * B A x        (Hu et al., arXiv 2106.09685)
 
-Known by name, so that peft is not imported.
+The modules are recognised by class name, so that peft is not imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LowRank(NamedTuple):
     scale: float
 
 
-# What is read of such a module. Older versions of peft have it under other names.
+# The attributes of the module that are read. Older versions of peft name them differently.
 FIELDS = (
     "base_layer",
     "lora_A",
@@ -39,26 +39,26 @@ FIELDS = (
 
 
 def is_lora(module: Any) -> bool:
-    """Whether this is peft's LoRA around a matrix."""
+    """Whether this is peft's LoRA layer around a matrix."""
     kind = type(module)
     named = kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer"
     return named and all(hasattr(module, name) for name in FIELDS)
 
 
 def base(module: Any) -> Any:
-    """The module whose matrix adapters add to; the module itself where there are none."""
+    """The module inside a LoRA layer; the module itself if it is none."""
     return module.base_layer if is_lora(module) else module
 
 
 def active(module: Any) -> list[str]:
-    """The names of the adapters that a LoRA module computes with now."""
+    """The names of the active adapters of a LoRA module."""
     if module.disable_adapters or module.merged:
         return []
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
 def terms(module: Any) -> list[LowRank]:
-    """What the active adapters of a module add to its matrix."""
+    """The low-rank terms of a module's active adapters."""
     if not is_lora(module):
         return []
     return [
@@ -68,7 +68,7 @@ def terms(module: Any) -> list[LowRank]:
 
 
 def obstacle(module: Any) -> str | None:
-    """Why a LoRA module is more than `terms` of its matrix, or none that a native kernel takes; None if it is not."""
+    """Why a LoRA module cannot be computed as matrix plus `terms` by a native kernel; None if it can."""
     if module.disable_adapters and module.merged:
         return "LoRA adapter (peft) that is merged and disabled"
     names = active(module)

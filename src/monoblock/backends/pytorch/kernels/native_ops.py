@@ -1,8 +1,8 @@
-"""What a prompt needs between its matrix products, on a CPU: attention, norms, rotary positions and
-activations by the native kernels, for float32 and bfloat16, without gradients.
+"""Attention, norms, RoPE and activations of a prompt by the native CPU kernels, for float32 and bfloat16, without
+gradients.
 
-`usable` says when they may be called; everything else is plain PyTorch's. Shape suffixes: b batch, q queries, k keys,
-s tokens, h heads, g key/value heads, d head width, w width.
+`usable` tells whether tensors may be passed to them; otherwise PyTorch's operators are used. Shape suffixes: b batch, q
+queries, k keys, s tokens, h heads, g key/value heads, d head width, w width.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _DTYPES = {torch.float32, torch.bfloat16}
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels are there and fit these tensors: of one dtype that they know, and free for native kernels."""
-    # First what a compiler can trace; it cannot ask for the number of threads.
+    """Whether the kernels are available and support these tensors: of one supported dtype, plain and eager."""
+    # This order, because torch.compile cannot trace the number of threads.
     if LIBRARY is None or not dispatch.native(*tensors) or native.preferred(torch.get_num_threads()) is None:
         return False
     dtypes = {x.dtype for x in tensors if x is not None}
@@ -39,7 +39,7 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The tensor, with channels that lie side by side."""
+    """The tensor with channels of stride 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -60,8 +60,9 @@ def attention(
 ) -> Tensor:
     """Attention (b, q, h, d) of queries (b, h, q, d), the last of the keys (b, g, k, d), without a scores array.
 
-    `slopes` (h,) are ALiBi's, float32; `valid` (b, k) is False for padding; a query sees keys of its own number in
-    `segments` (b, k), int32; `softcap` and `window` are 0 for none. A query that sees nothing gets the values' mean.
+    `slopes` (h,) are ALiBi's, float32; `valid` (b, k) is False for padding; a query attends to keys of its own document
+    in `segments` (b, k), int32; `softcap` and `window` are 0 for none. The output of a fully masked query is the mean
+    of all values.
     """
     q, k, v = _dense(q), _dense(k), _dense(v)
     b, h, queries, d = q.shape
@@ -149,7 +150,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def activate(x: Tensor, kind: int, gated: bool) -> Tensor:
-    """act(x), the kind being a place in spec.ACTIVATIONS; if gated act(gate) * up of [gate | up], (..., 2 w)."""
+    """act(x), `kind` being an index of spec.ACTIVATIONS; if gated act(gate) * up of [gate | up], (..., 2 w)."""
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // (2 if gated else 1))
     width = out.shape[-1]
@@ -163,5 +164,5 @@ def activate(x: Tensor, kind: int, gated: bool) -> Tensor:
         **_common(x),
     )
     if LIBRARY.mb_activate(ctypes.byref(given)):
-        raise ValueError(f"activation {kind}: expected a place in spec.ACTIVATIONS")
+        raise ValueError(f"activation {kind}: expected an index of spec.ACTIVATIONS")
     return out

@@ -1,8 +1,8 @@
-"""Products with packed matrices on a GPU: codes are unpacked in registers for few rows, in memory for many (and where
-they are packed without loss, which saves memory there, not time).
+"""Products with quantised matrices on a GPU: dequantised in registers for few rows, in memory for many (and for the
+lossless format, which saves memory on GPUs, not time).
 
-One token's product costs the time to read the codes, an eighth or a quarter of what the weights would take in fp32. A
-prompt's costs the multiplications: the weights are unpacked once and multiplied by PyTorch's own product.
+The product of one token is bound by reading the codes, a quarter or an eighth of the size of fp32 weights. That of a
+prompt is bound by arithmetic: the weights are dequantised once and multiplied by PyTorch's matmul.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def multiply(x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
     """`x @ matrix.T + bias` in x's dtype, without gradients."""
     x_rk = x.reshape(-1, matrix.columns)
     if 0 < x_rk.shape[0] <= FEW and matrix.scale is not None and (few_rows := kernel()) is not None:
-        with torch.cuda.device_of(x):  # Triton starts kernels on the current one
+        with torch.cuda.device_of(x):  # Triton launches kernels on the current device
             y_rn = few_rows(x_rk, matrix, bias)
     else:
         y_rn = F.linear(x_rk, matrix.unpack(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -1,7 +1,6 @@
-"""Products with packed matrices on CUDA: a Triton kernel for few rows, which reads codes and unpacks them in registers.
+"""Products with quantised matrices on CUDA: a Triton kernel for few rows, which dequantises codes in registers.
 
-Imported by quantized_cuda.py, where Triton is installed. formats.py has the formats; block sizes are guesses, since no
-GPU was at hand to tune them on.
+Imported by quantized_cuda.py if Triton is installed. formats.py documents the formats. Block sizes are not tuned.
 """
 
 # Triton's types know neither the grid and the options of a launch nor `static_range`.
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 
-ROWS = tl.constexpr(16)  # the fewest that the matrix units take; rows that are not there are zeros
-OUTPUTS = 16  # of one program: as few as the matrix units allow, so that there are programs for a whole GPU
-HALF = tl.constexpr(64)  # weights that are unpacked at once: in 4 bits, one half of a run's bytes
+ROWS = tl.constexpr(16)  # minimum of the tensor cores; fewer rows are padded with zeros
+OUTPUTS = 16  # outputs of a program: the minimum of the tensor cores, for as many programs as possible
+HALF = tl.constexpr(64)  # weights of a step: in 4 bits, one nibble of a run's bytes
 RUN = tl.constexpr(128)
 
 
@@ -37,8 +36,8 @@ def _kernel(
     BIAS: tl.constexpr,
     N: tl.constexpr,
 ):
-    """y (rows, outputs) = x (rows, inputs) @ weights.T + bias, for N outputs. The codes of a group are multiplied as
-    the whole numbers they are; its scale and low come afterwards, in float32."""
+    """y (rows, outputs) = x (rows, inputs) @ weights.T + bias, for N outputs. The codes of a group are
+    multiplied as integers; scale and low are applied afterwards, in float32."""
     m = tl.arange(0, ROWS)
     n = tl.program_id(0) * N + tl.arange(0, N)
     k = tl.arange(0, HALF)
@@ -62,7 +61,7 @@ def _kernel(
                 codes = (codes >> (4 * half)) & 15
             group = n64 * (padded // GROUP) + first // GROUP
             scale = tl.load(scale_ptr + group, mask=real_n, other=0.0).to(tl.float32)
-            # Whole numbers up to 128 are exact in every dtype of x.
+            # Integers up to 128 are exact in every dtype of x.
             part = tl.dot(x, tl.trans(codes.to(x.dtype)), input_precision="ieee")
             total += part * scale[None, :]
             if BITS == 4:
@@ -84,7 +83,7 @@ def few_rows(x_rk: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tens
         x_rk.contiguous(),
         codes.contiguous(),
         scale.contiguous(),
-        # Pointers that are not read where there is no such tensor.
+        # Placeholders: not read if the tensor is absent.
         scale if low is None else low.contiguous(),
         scale if bias is None else bias.contiguous(),
         y,

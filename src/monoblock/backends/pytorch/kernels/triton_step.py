@@ -6,8 +6,8 @@
 
 PyTorch's operators take about twenty kernels per layer for the same, and each captured kernel costs one or two
 microseconds however small it is. The position that a slot holds, and the queries that attend to it, follow from the
-token's position as in static_step.py; ALiBi's bias and the softcap of scores are in float32. Block sizes are guesses,
-since no GPU was at hand to tune them on.
+token's position as in static_step.py; ALiBi's bias and the softcap of scores are in float32. Block sizes are
+not tuned.
 """
 
 # Triton's types know neither the grid and the options of a launch nor `static_range`.
@@ -19,8 +19,8 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-KEYS = 64  # that a program reads at once
-QUERIES = 16  # the fewest that the matrix units take; heads of a group that are not there are zeros
+KEYS = 64  # keys of a block
+QUERIES = 16  # minimum of the tensor cores; a group with fewer heads is padded with zeros
 
 
 @triton.jit
@@ -45,8 +45,8 @@ def _write(
     ROTARY: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One head of one row: of the H queries, the G keys, or the G values. The first ROTARY channels are rotated; heads
-    lie one after the other, rows where their strides say."""
+    """One of the H query, G key or G value heads of one row. Queries and keys are rotated in the first ROTARY channels.
+    Heads are contiguous; rows have strides."""
     row, head = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, WIDTH)
     real = c < D
@@ -117,11 +117,13 @@ def _partial(
         behind = (position - slot) % slots  # of both signs
         behind = tl.where(behind < 0, behind + slots, behind)
         there = (slot < slots) & (start + tl.arange(0, KEYS) < split_size)
-        seen = there & (behind <= position)
+        visible = there & (behind <= position)
         if WINDOWED:
-            seen = seen & (behind < window)
+            visible = visible & (behind < window)
         if PADDED:
-            seen = seen & (tl.load(valid_ptr + row * length + position - behind, mask=seen, other=0) != 0)
+            visible = visible & (
+                tl.load(valid_ptr + row * length + position - behind, mask=visible, other=0) != 0
+            )
         at = (group.to(tl.int64) * slots + slot[:, None]) * D + c[None, :]
         k = tl.load(keys_ptr + at, mask=there[:, None] & (c[None, :] < D), other=0.0)
         v = tl.load(values_ptr + at, mask=there[:, None] & (c[None, :] < D), other=0.0)
@@ -130,9 +132,9 @@ def _partial(
             scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)  # the hyperbolic tangent
         if ALIBI:
             scores = scores - slope[:, None] * behind[None, :].to(tl.float32)
-        scores = tl.where(seen[None, :], scores, -1e30)
+        scores = tl.where(visible[None, :], scores, -1e30)
         above = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.where(seen[None, :], tl.exp(scores - above[:, None]), 0.0)
+        weights = tl.where(visible[None, :], tl.exp(scores - above[:, None]), 0.0)
         shrunk = tl.exp(highest - above)
         total = total * shrunk + tl.sum(weights, axis=1)
         out = out * shrunk[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
@@ -175,8 +177,9 @@ def attention(
     softcap: float | None,
     splits: int,
 ) -> Tensor:
-    """(b, 1, h * d) of one token (s = 1), whose keys and values are put into the slots. Heads of a row lie one after
-    the other in q, k and v; `angles` are cos and sin (b or 1, 1, 1, channels); `valid_bl` is False for padding."""
+    """Attention output (b, 1, h * d) of one token (s = 1); stores its keys and values in their slots. The heads of a
+    row are contiguous in q, k and v; `angles` are cos and sin (b or 1, 1, 1, channels); `valid_bl` is False for
+    padding."""
     b, h, _, d = q_bhsd.shape
     g, slots = keys_bgkd.shape[1], keys_bgkd.shape[2]
     width = max(16, triton.next_power_of_2(d))
@@ -197,7 +200,7 @@ def attention(
     logs = rotated.new_empty(b * h, splits, dtype=torch.float32)
     _partial[(b * g, splits)](
         *(rotated, keys_bgkd, values_bgkd),
-        # Pointers that are not read where there is no such tensor.
+        # Placeholders: not read if the tensor is absent.
         position_1 if slopes_h is None else slopes_h,
         position_1 if valid_bl is None else valid_bl,
         *(position_1, out, logs, scale, softcap or 1.0, slots, slots // splits, window or 0),
@@ -222,5 +225,5 @@ def attention(
 
 
 def _by_head(x_bhsd: Tensor) -> Tensor:
-    """(b, heads * d) with heads side by side."""
+    """(b, heads * d), heads concatenated."""
     return x_bhsd.transpose(1, 2).flatten(1)

@@ -1,15 +1,15 @@
-"""bfloat16 matrices in 12 bits a weight, without loss: the format, and the way there and back.
+"""Lossless compression of bfloat16 matrices to 12 bits per weight: the format, packing and unpacking.
 
-Signs and mantissas are as good as random, exponents are not: nearly all of a row's are among 15 neighbours. A matrix
-(outputs, inputs) becomes bytes (outputs, head + 3/2 padded), its inputs padded to a multiple of 128. Of each row:
+Signs and mantissas are close to random, exponents are not: nearly all exponents of a row lie in a window of 15
+consecutive values. A matrix (outputs, inputs) becomes bytes (outputs, header + 3/2 padded), with inputs padded to a
+multiple of 128. Each row:
 
-    head   words of 16 bits: the highest of its 15 exponents; how many weights have none of them; the column and the
-           bits of each of those. 32 bytes for every 2048 inputs that have begun
-    runs   of 128 weights: 128 bytes, the sign and the mantissa of each; 32 words, of which word w has in bits
-           [4 j, 4 j + 4) by how much the exponent of weight 32 j + w is below the highest, 15 for exponent 0 (zeros
-           among others)
+    header  words of 16 bits: the highest exponent of the window; the number of outliers (weights with other exponents);
+            column and bits of each outlier. 32 bytes for every 2048 inputs, rounded up
+    runs    of 128 weights: 128 bytes, sign and mantissa of each; 32 words, where bits [4 j, 4 j + 4) of word w are the
+            highest exponent minus that of weight 32 j + w, or 15 for exponent 0 (zeros and subnormals)
 
-That most of a model's exponents are few was used for GPUs by DFloat11 (arXiv:2504.11651), with a Huffman code.
+DFloat11 (arXiv:2504.11651) compresses exponents by a Huffman code for GPUs.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from torch import Tensor
 
 RUN = 128  # inputs are padded to a multiple of this
 RUN_BYTES = RUN // 2 * 3
-WORDS = 32  # of a run
-RANGE = 15  # exponents that have a name
-MOST_INPUTS = 1 << 16  # columns that a word can name
+WORDS = 32  # words of a run
+RANGE = 15  # exponents of the window
+MOST_INPUTS = 1 << 16  # columns that 16 bits can index
 
 
 def head_bytes(inputs: int) -> int:
-    """How long a row's head is."""
+    """Bytes of a row's header."""
     return -(-inputs // 2048) * 32
 
 
 def _slots(inputs: int) -> int:
-    """How many weights a head has room for."""
+    """The number of outliers that a header can hold."""
     return head_bytes(inputs) // 4 - 1
 
 
 def shape(outputs: int, inputs: int) -> tuple[int, int]:
-    """The shape of a packed matrix."""
+    """The shape of a compressed matrix, in bytes."""
     return outputs, head_bytes(inputs) + -(-inputs // RUN) * RUN_BYTES
 
 
 def pack(weight: Tensor) -> Tensor | None:
-    """Rows of weights (outputs, inputs) packed; None if that saves nothing, the rows being short, or one of them having
-    too many exponents. ValueError: they are not bfloat16 numbers."""
+    """Compress weights (outputs, inputs). None if that saves nothing: rows are short, or one has too many outliers.
+    ValueError: a weight is not representable in bfloat16."""
     outputs, inputs = weight.shape
     short = weight.to(torch.bfloat16)
     if weight.dtype != torch.bfloat16 and not (short == weight).all():
         raise ValueError(
-            f"weights of {weight.dtype} that are no bfloat16 numbers cannot be packed without loss: load them with "
+            f"weights of {weight.dtype} that bfloat16 cannot represent cannot be compressed losslessly: load them with "
             "dtype=torch.bfloat16, which rounds them, or name the module in modules_to_not_convert"
         )
     if inputs > MOST_INPUTS or shape(outputs, inputs)[1] >= 2 * inputs:
@@ -68,7 +68,7 @@ def pack(weight: Tensor) -> Tensor | None:
 
 
 def unpack(codes: Tensor, inputs: int) -> Tensor:
-    """The weights (outputs, inputs) again, in bfloat16. What a damaged head names beyond them is passed over."""
+    """Decompress to bfloat16 (outputs, inputs). Columns out of range in a corrupt header are ignored."""
     start = head_bytes(inputs)
     head = codes[:, :start].contiguous().view(torch.int16)
     runs = codes[:, start:].unflatten(1, (-1, RUN_BYTES))
@@ -78,18 +78,18 @@ def unpack(codes: Tensor, inputs: int) -> Tensor:
     rest = runs[..., :RUN].flatten(1).to(torch.int16)
     bits = (rest & 0x80) << 8 | exponent << 7 | rest & 0x7F
     slots = torch.arange(_slots(inputs), device=codes.device)
-    rows, places = (slots < (head[:, 1:2].int() & 0xFFFF)).nonzero(as_tuple=True)
-    columns = head[rows, 2 + 2 * places].long() & 0xFFFF
+    rows, index = (slots < (head[:, 1:2].int() & 0xFFFF)).nonzero(as_tuple=True)
+    columns = head[rows, 2 + 2 * index].long() & 0xFFFF
     known = columns < inputs
-    bits[rows[known], columns[known]] = head[rows, 3 + 2 * places][known]
+    bits[rows[known], columns[known]] = head[rows, 3 + 2 * index][known]
     return bits.view(torch.bfloat16)[:, :inputs]
 
 
 def _window(exponent: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """For each row the highest named exponent, and which weights have none of the names: the fewest that were found.
+    """For each row the highest exponent of the window, and a mask of the outliers: the fewest that were found.
 
-    A row's own highest exponent leaves out its smallest weights. Where those are too many, its largest weights are left
-    out one after the other.
+    A window that ends at the row's largest exponent excludes its smallest weights. If those are too many, lower
+    windows, which exclude the largest weights, are tried.
     """
     highest = exponent.amax(1)
     other = _outside(exponent, highest)
@@ -113,7 +113,7 @@ def _head(bits: Tensor, highest: Tensor, other: Tensor, count: Tensor, slots: in
     head = torch.zeros((outputs, 2 + 2 * slots), dtype=torch.int32, device=bits.device)
     head[:, 0], head[:, 1] = highest, count
     rows, columns = other.nonzero(as_tuple=True)
-    places = torch.arange(rows.numel(), device=bits.device) - (count.cumsum(0) - count)[rows]
-    head[rows, 2 + 2 * places] = columns.int()
-    head[rows, 3 + 2 * places] = bits[rows, columns]
+    index = torch.arange(rows.numel(), device=bits.device) - (count.cumsum(0) - count)[rows]
+    head[rows, 2 + 2 * index] = columns.int()
+    head[rows, 3 + 2 * index] = bits[rows, columns]
     return head.to(torch.int16).view(torch.uint8)

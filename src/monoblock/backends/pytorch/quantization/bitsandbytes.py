@@ -1,4 +1,4 @@
-"""Linear layers whose weights bitsandbytes packs and multiplies."""
+"""Linear layers quantised by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCKS = (64, 32)  # weights that share a scale in 4 bits: bitsandbytes' default
 
 
 def layer(linear: nn.Module, how: BitsAndBytesConfig) -> nn.Module:
-    """The layer with its weights packed, on its device. ImportError: bitsandbytes is not there."""
+    """The layer quantised by bitsandbytes, on its device. ImportError: bitsandbytes is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -35,28 +35,28 @@ def layer(linear: nn.Module, how: BitsAndBytesConfig) -> nn.Module:
         size = _block_size(linear)
         made.weight = bnb.Params4bit(weight.clone(), requires_grad=False, blocksize=size, **kind)
     else:
-        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_worth_saying)
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_informative)
         with torch.device("meta"), Uninitialised():
             made = bnb.Linear8bitLt(
                 *shape, bias=bias, has_fp16_weights=False, threshold=how.llm_int8_threshold
             )
         made.weight = bnb.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
     made.bias = linear.bias
-    return made.to(weight.device).train(linear.training)  # it packs when weights are moved to their device
+    return made.to(weight.device).train(linear.training)  # `.to` quantises the weights
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
-    """Not what bitsandbytes would say in every product: that it rounds inputs to float16 before those in 8 bits."""
+def _is_informative(record: logging.LogRecord) -> bool:
+    """A log filter: drops the message of each 8-bit product that inputs are cast to float16."""
     return "inputs will be cast" not in record.getMessage()
 
 
 def _block_size(linear: nn.Linear | Conv1D) -> int:
-    """On a CPU, bitsandbytes 0.50 unpacks wrong numbers where a row is no whole number of blocks."""
+    """On a CPU, bitsandbytes 0.50 dequantises wrongly if the row length is not a multiple of the block size."""
     if linear.weight.device.type != "cpu":
         return BLOCKS[0]
     if (size := next((size for size in BLOCKS if linear.in_features % size == 0), None)) is None:
         raise ValueError(
-            f"bitsandbytes cannot unpack 4-bit rows of {linear.in_features} weights on a CPU (no multiple of "
+            f"bitsandbytes cannot dequantise 4-bit rows of {linear.in_features} weights on a CPU (no multiple of "
             f'{BLOCKS[-1]}): take quantization_config="int4", or load_in_8bit=True'
         )
     return size

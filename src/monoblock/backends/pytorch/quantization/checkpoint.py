@@ -1,4 +1,4 @@
-"""Packed matrices out of a checkpoint's files into a model, and out of a model by the hub's names."""
+"""Loading quantised matrices from a checkpoint's files, and the tensors of a quantised model by file names."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def load(
     *,
     strict: bool = True,
 ) -> LoadReport:
-    """Put the packed matrices of the files in their places; reports the names of those that the model has no use for.
+    """Load the quantised matrices of the files into the model; the report lists unused ones.
 
-    CheckpointError: they do not fit, or config.json does not say how they are packed. ValueError: another
-    quantisation was `asked` for.
+    CheckpointError: they do not fit, or config.json has no quantization_config. ValueError: `asked` is another
+    quantisation.
     """
     if not quantized.is_quantized(store):
         return LoadReport()
     if (how := stored_quantization(model.config)) is None:
         raise CheckpointError(
-            f"{model.name_or_path or 'the checkpoint'} holds packed weights, but its config.json has no "
-            "quantization_config that says how: restore it"
+            f"{model.name_or_path or 'the checkpoint'} has quantised weights, but its config.json has no "
+            "quantization_config: restore it"
         )
     if asked is not None and asked != how:
         raise ValueError(
-            f"the checkpoint's weights are packed already, by {how}: leave quantization_config out, or load the "
+            f"the checkpoint's weights are already quantised, by {how}: leave quantization_config out, or load the "
             "unquantised weights"
         )
     parts = {name: quantized.component(store, name) for name in quantized.COMPONENTS}
@@ -81,14 +81,14 @@ def load(
         }
         for i, name in enumerate(here.names):
             path = name.rpartition(".")[0]
-            tensors = {part: piece.parts[i] for part, piece in parameter_tensors.items()}
+            tensors = {part: split.parts[i] for part, split in parameter_tensors.items()}
             module = model.get_submodule(path)
             matrix = QuantizedTensor.of(tensors, how.group_size, shapes[canonical][1])
             replace(model, path, quantized_module(module, matrix, dtype))
-        for part, piece in parameter_tensors.items():
-            if piece.whole is not None:
+        for part, split in parameter_tensors.items():
+            if split.whole is not None:
                 loading.register_fused(
-                    model, [f"{name.rpartition('.')[0]}.{part}" for name in here.names], piece.whole
+                    model, [f"{name.rpartition('.')[0]}.{part}" for name in here.names], split.whole
                 )
     model.quantization_config = how
     report = found["codes"][1]
@@ -97,26 +97,26 @@ def load(
 
 
 def quantizer(model: ModelBase, how: QuantizationConfig | None) -> Quantizer | None:
-    """What packs the model while it is loaded, if that is to be."""
+    """The Quantizer for a model that is quantised while it is loaded, or None."""
     if isinstance(how, WeightOnlyConfig) and model.quantization_config is None:
         return Quantizer(model, how)
     return None
 
 
 def quantized_source(source: TensorSource) -> TensorSource:
-    """The parameters of a source as packed rows: those of a transposed matrix are its outputs, too."""
+    """The source of the quantised rows: for a transposed matrix, too, they are its outputs."""
     return TensorSource(source.names, Same() if isinstance(source.op, Transposed) else source.op)
 
 
 def quantized_modules(model: ModelBase) -> dict[str, QuantizedMatrix]:
-    """The packed modules by name, tied ones once."""
+    """The quantised modules by name, tied ones once."""
     tied = {name.rpartition(".")[0] for name in model.tied()}
     found = model.named_modules()
     return {name: m for name, m in found if isinstance(m, QuantizedMatrix) and name not in tied}
 
 
 def file_state(model: ModelBase) -> dict[str, Tensor]:
-    """The tensors of packed matrices as files hold them."""
+    """The tensors of quantised matrices by file names."""
     return {
         f"{name}.weight.{part}": tensor
         for name, module in quantized_modules(model).items()
@@ -125,7 +125,7 @@ def file_state(model: ModelBase) -> dict[str, Tensor]:
 
 
 def own_state(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Tensors of packed matrices by the names of `state_dict()`, of those in a file, kind -> matrix."""
+    """Tensors of quantised matrices by the names of `state_dict()`; `parts`: kind -> file name -> tensor."""
     return {
         f"{name.removesuffix('.weight')}.{part}": tensor
         for part, tensors in parts.items()

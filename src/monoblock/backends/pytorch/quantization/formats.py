@@ -1,13 +1,13 @@
-"""Matrices packed in 8, 4 or 12 bits a weight: the formats, and the way there and back.
+"""The formats of matrices in 8, 4 or 12 bits per weight: quantisation and dequantisation.
 
-A matrix (outputs, inputs) is packed along its inputs, which are padded to a multiple of 128:
+A matrix (outputs, inputs) is quantised along its inputs, which are padded to a multiple of 128:
 
     8 bits   codes uint8 (outputs, padded); scale fp16 (outputs, padded / group);      weight = scale * (code - 128)
     4 bits   codes uint8 (outputs, padded / 2); scale and low fp16 (as above);         weight = scale * code + low
-    12 bits  codes uint8 (outputs, bytes of a row), nothing else: bfloat16 without loss; see bf12.py
+    12 bits  codes uint8 (outputs, bytes of a row), nothing else: lossless bfloat16; see bf12.py
 
-Of each run of 128 weights in 4 bits, byte j holds the codes of weights j (low half) and j + 64 (high half). Rows do
-not depend on each other, so that rows of packed matrices can be joined and taken apart.
+In 4 bits, byte j of each run of 128 weights holds the codes of weights j (low nibble) and j + 64 (high nibble). Rows
+are independent, so that quantised matrices can be concatenated and split by rows.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ MIDDLE = 128  # the code of 0 in 8 bits
 # The tensors of a quantised matrix, in the order in which a QuantizedTensor has them.
 DTYPES = {"codes": torch.uint8, "scale": torch.float16, "low": torch.float16}
 
-# Rows are packed and unpacked in pieces of about this many weights: they stay in a core's cache.
-_PIECE = 1 << 20
-# The width of a group's range is tried at these shares of what it spans: giving up the extremes makes the steps of
-# all other weights smaller.
+# Rows are quantised and dequantised in chunks of about this many weights, which stay in a core's cache.
+_CHUNK = 1 << 20
+# The range of a group is tried at these fractions of its span: clipping the extremes reduces the step of all other
+# weights.
 _SHARES = (1.0, 0.92, 0.84, 0.76)
-_FLOOR = 0.1  # of a group's mean weight: what an error in a weight of 0 counts
-_ROUNDS = 2  # scale and low are fitted to the codes, and codes chosen for them, this many times
+_FLOOR = 0.1  # relative to a group's mean magnitude: the importance of a weight of 0
+_ROUNDS = 2  # iterations of fitting scale and low to the codes, and recomputing the codes
 
 
 class QuantizedTensor(NamedTuple):
-    """A matrix (rows, columns) in one of the formats; `scale` is there in 8 and 4 bits, `low` in 4 bits alone.
+    """A matrix (rows, columns) in one of the formats; `scale` only in 8 and 4 bits, `low` only in 4 bits.
 
-    A tuple, since one is made for each product: that takes 0.4 microseconds, a frozen dataclass 1.3.
+    A tuple, since one is created for each product: that takes 0.4 microseconds, a frozen dataclass 1.3.
     """
 
     codes: Tensor
@@ -53,7 +53,7 @@ class QuantizedTensor(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], group: int, columns: int) -> QuantizedTensor:
-        """The matrix that these tensors are; which there are says in how many bits."""
+        """The matrix of these tensors; their names determine the number of bits."""
         codes, scale, low = (tensors.get(name) for name in DTYPES)
         assert codes is not None
         return cls(codes, scale, low, bits_of(tensors), group, columns)
@@ -69,7 +69,7 @@ class QuantizedTensor(NamedTuple):
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that there are, by name."""
+        """The tensors by name, without those that are None."""
         return {name: x for name, x in zip(DTYPES, self[:3], strict=True) if x is not None}
 
     def select(self, rows: slice | Tensor) -> QuantizedTensor:
@@ -79,7 +79,7 @@ class QuantizedTensor(NamedTuple):
         return QuantizedTensor(codes, scale, low, *self[3:])
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The numbers (rows, columns) again."""
+        """The dequantised matrix (rows, columns)."""
         codes, scale, low, bits, group, columns = self
         if scale is None:
             return bf12.unpack(codes, columns).to(dtype)
@@ -95,7 +95,7 @@ class QuantizedTensor(NamedTuple):
 
 
 def shapes(bits: int, group: int, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
-    """The shapes of a packed matrix's tensors, by name."""
+    """The shapes of a quantised matrix's tensors, by name."""
     if bits == LOSSLESS:
         return {"codes": bf12.shape(outputs, inputs)}
     padded = -(-inputs // RUN) * RUN
@@ -105,18 +105,18 @@ def shapes(bits: int, group: int, outputs: int, inputs: int) -> dict[str, tuple[
 
 
 def bits_of(parts: Iterable[str]) -> int:
-    """In how many bits a matrix is packed that has tensors of these names."""
+    """The number of bits of a matrix with tensors of these names."""
     names = set(parts)
     return 4 if "low" in names else 8 if "scale" in names else LOSSLESS
 
 
 class DoesNotFit(ValueError):
-    """A matrix of bfloat16 numbers that takes no less in 12 bits: its rows are short, or have many exponents."""
+    """A bfloat16 matrix for which 12 bits save nothing: its rows are short, or have many outliers."""
 
 
 def pack(weight: Tensor, bits: int, group: int) -> QuantizedTensor:
-    """A floating-point matrix (outputs, inputs) quantised. ValueError: a weight is not finite, or too large for fp16;
-    in 12 bits, it is no bfloat16 number. DoesNotFit: see there."""
+    """A floating-point matrix (outputs, inputs) quantised. ValueError: a weight is not finite, or a scale exceeds
+    fp16; in 12 bits, a weight is not representable in bfloat16. DoesNotFit: 12 bits save nothing."""
     if bits == LOSSLESS:
         return QuantizedTensor(_lossless(weight), None, None, LOSSLESS, group, weight.shape[1])
     outputs, inputs = weight.shape
@@ -125,20 +125,20 @@ def pack(weight: Tensor, bits: int, group: int) -> QuantizedTensor:
         for name, shape in shapes(bits, group, outputs, inputs).items()
     }
     padded = -(-inputs // RUN) * RUN
-    for rows in _pieces(outputs, padded):
-        # What pads a group is one of its weights, so that it does not widen the range.
-        piece = F.pad(weight[rows].float()[None], (0, padded - inputs), mode="replicate")[0]
-        if not torch.isfinite(piece).all():
+    for rows in _chunks(outputs, padded):
+        # Padding replicates a weight of the group, so that it does not extend the range.
+        chunk = F.pad(weight[rows].float()[None], (0, padded - inputs), mode="replicate")[0]
+        if not torch.isfinite(chunk).all():
             raise ValueError(
-                "a matrix holds weights that are not finite: it cannot be packed; name it in "
+                "a matrix has weights that are not finite: it cannot be quantised; name it in "
                 "modules_to_not_convert"
             )
-        grouped = piece.unflatten(1, (-1, group))
+        grouped = chunk.unflatten(1, (-1, group))
         for name, part in (_eight(grouped) if bits == 8 else _four(grouped, padded - inputs)).items():
             made[name][rows] = part
     if not torch.isfinite(made["scale"]).all() or ("low" in made and not torch.isfinite(made["low"]).all()):
         raise ValueError(
-            "a matrix holds weights beyond fp16's range: it cannot be packed; name it in modules_to_not_convert"
+            "a matrix has weights beyond fp16's range: it cannot be quantised; name it in modules_to_not_convert"
         )
     return QuantizedTensor.of(made, group, inputs)
 
@@ -146,40 +146,41 @@ def pack(weight: Tensor, bits: int, group: int) -> QuantizedTensor:
 def _lossless(weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape
     codes = torch.empty(bf12.shape(outputs, inputs), dtype=torch.uint8, device=weight.device)
-    for rows in _pieces(outputs, inputs):
+    for rows in _chunks(outputs, inputs):
         packed = bf12.pack(weight[rows])
         if packed is None:
-            raise DoesNotFit("12 bits save nothing: rows are too short, or have too many exponents")
+            raise DoesNotFit("12 bits save nothing: rows are too short, or have too many outliers")
         codes[rows] = packed
     return codes
 
 
 def multiply(x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    """`x @ matrix.T + bias` through PyTorch's own products, some rows of the matrix unpacked at a time."""
+    """`x @ matrix.T + bias` by PyTorch's matmul, with a chunk of the matrix's rows dequantised at a time."""
     outputs = [
-        F.linear(x, matrix.select(rows).unpack(x.dtype)) for rows in _pieces(matrix.rows, matrix.columns)
+        F.linear(x, matrix.select(rows).unpack(x.dtype)) for rows in _chunks(matrix.rows, matrix.columns)
     ]
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _pieces(outputs: int, inputs: int) -> Iterator[slice]:
-    step = max(1, _PIECE // max(inputs, 1))
+def _chunks(outputs: int, inputs: int) -> Iterator[slice]:
+    step = max(1, _CHUNK // max(inputs, 1))
     return (slice(start, min(start + step, outputs)) for start in range(0, outputs, step))
 
 
 def _eight(weights_rgn: Tensor) -> dict[str, Tensor]:
-    """Symmetric: the largest weight of a group is 127 steps away from 0."""
+    """Symmetric quantisation: the largest magnitude of a group is 127 steps."""
     scale = (weights_rgn.abs().amax(-1) / 127).half()
     codes = (weights_rgn * _inverse(scale.float())[..., None]).round_().clamp_(-127, 127).add_(MIDDLE)
     return {"codes": codes.to(torch.uint8).flatten(1), "scale": scale}
 
 
 def _four(weights_rgn: Tensor, padding: int) -> dict[str, Tensor]:
-    """Scale and low with the least error among several starts, each refined by least squares.
+    """Asymmetric quantisation: scale and low with the least error among several starts, each refined by least squares.
 
-    An error counts by the size of its weight (and a little more), and not at all in the last `padding` inputs. On the
-    embedded demo that brings the divergence from the original's predictions down by 13%, plain least squares by 6%.
+    Errors are weighted by the magnitude of the weight (plus a small constant), and by 0 in the last `padding` inputs.
+    On the embedded demo this reduces the divergence from the original's predictions by 13%, unweighted least squares by
+    6%.
     """
     counts = weights_rgn.abs()
     counts += counts.mean(-1, keepdim=True) * _FLOOR
@@ -212,7 +213,7 @@ def _codes(weights_rgn: Tensor, scale_rg: Tensor, low_rg: Tensor) -> Tensor:
 
 
 def _fitting(weights_rgn: Tensor, counts_rgn: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A function that gives, for codes, the scale and low of least squares: the line through (code, weight)."""
+    """A function from codes to the scale and low of weighted least squares: the line through (code, weight)."""
     total, sums = counts_rgn.sum(-1), (counts_rgn * weights_rgn).sum(-1)
 
     def fit(codes: Tensor, scale: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +221,7 @@ def _fitting(weights_rgn: Tensor, counts_rgn: Tensor) -> Callable[..., tuple[Ten
         first, second = counted.sum(-1), (counted * codes).sum(-1)
         spread = total * second - first * first
         slope = (total * (counted * weights_rgn).sum(-1) - first * sums) / spread
-        # Where all codes are equal there is no line, and nothing to gain.
+        # If all codes are equal, the line is undetermined.
         usable = (spread > 1e-4 * total * total) & (slope > 0)
         slope = torch.where(usable, slope, scale)
         return slope, torch.where(usable, (sums - slope * first) / total, low)
@@ -229,5 +230,5 @@ def _fitting(weights_rgn: Tensor, counts_rgn: Tensor) -> Callable[..., tuple[Ten
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 where a group has no width."""
+    """1 / scale, and 0 for a scale of 0."""
     return torch.where(scale > 0, 1 / scale, 0.0)

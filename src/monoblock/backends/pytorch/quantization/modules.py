@@ -1,4 +1,4 @@
-"""Modules whose matrix is packed in 8, 4 or 12 bits (formats.py has the formats)."""
+"""Modules with a matrix in 8, 4 or 12 bits (formats.py documents the formats)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class QuantizedMatrix(nn.Module):
     low: Tensor | None
 
     def __init__(self, matrix: QuantizedTensor) -> None:
-        # Subclasses are kinds of layers too, whose own tensors these take the place of.
+        # Skips the initialisers of the layer classes that subclasses also derive from.
         nn.Module.__init__(self)
         codes, scale, low, self.bits, self.group, self.columns = matrix
         self.register_buffer("codes", codes)
@@ -30,7 +30,7 @@ class QuantizedMatrix(nn.Module):
         self.register_buffer("low", low)
 
     def hold(self, matrix: QuantizedTensor) -> None:
-        """Have another matrix: those very tensors."""
+        """Replace the matrix; shares the given tensors."""
         self.codes, self.scale, self.low, self.bits, self.group, self.columns = matrix
 
     @property
@@ -44,11 +44,12 @@ class QuantizedMatrix(nn.Module):
         return self.codes.shape[0]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix (rows, columns) as numbers."""
+        """The dequantised matrix (rows, columns)."""
         return self.quantized.unpack(dtype)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        """`.to(device)` moves all; `.to(dtype)` leaves scales and lows, whose dtype is a part of the format."""
+        """`.to(device)` moves all tensors; `.to(dtype)` does not convert scale and low, whose dtype is part of the
+        format."""
         halves = [self.scale, self.low]
         with torch.no_grad():
             kept = [None if x is None else fn(x.view(torch.int16)).view(torch.float16) for x in halves]
@@ -62,43 +63,43 @@ class QuantizedMatrix(nn.Module):
 
 
 class ReadOnlyCodes(Tensor):
-    """Codes of a packed weight, which is no array of numbers to add to."""
+    """The codes of a quantised weight; `data` raises, so that code which modifies weights fails with a clear error."""
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """RuntimeError: numbers were expected here."""
+        """RuntimeError: the weight is quantised."""
         raise RuntimeError(
-            "this weight is packed and can be neither read nor changed in place (to merge an adapter, say): call the "
-            "model's dequantize() first"
+            "this weight is quantised and can be neither read nor modified in place (for example to merge an "
+            "adapter): call the model's dequantize() first"
         )
 
 
 class QuantizedLinear(QuantizedMatrix, nn.Linear):
-    """`x @ W.T + bias` with a packed W (out_features, in_features); gradients reach x and the bias, which stays as
-    it was. An `nn.Linear`, so that adapters are put around it."""
+    """`x @ W.T + bias` with a quantised W (out_features, in_features) and an unquantised bias; gradients reach x and
+    the bias. A subclass of `nn.Linear`, so that adapters can wrap it."""
 
     bias: nn.Parameter | None
-    fusible = True  # its product is `quantized_dense`, so that several side by side may be one
+    fusible = True  # its product is `quantized_dense`, so that adjacent ones can be fused
 
     def __init__(self, matrix: QuantizedTensor, bias: Any = None, transposed: bool = False) -> None:
-        """`transposed`: what it stands for keeps its weight inputs x outputs."""
+        """`transposed`: the original layer stores its weight as (inputs, outputs)."""
         super().__init__(matrix)
         self.transposed = transposed
         self.register_parameter("bias", bias)
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The codes, for those who ask for a weight's device and dtype; they cannot be changed through it."""
+        """The codes, read-only, for code that reads a weight's device and dtype."""
         return self.codes.as_subclass(ReadOnlyCodes)
 
     @property
     def in_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The width of what comes in."""
+        """The number of inputs."""
         return self.columns
 
     @property
     def out_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The width of what comes out."""
+        """The number of outputs."""
         return self.rows
 
     def forward(self, input: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class QuantizedLinear(QuantizedMatrix, nn.Linear):
 
 
 class QuantizedEmbedding(QuantizedMatrix):
-    """A table (num_embeddings, embedding_dim), of which the rows that are looked up are unpacked into `dtype`."""
+    """A table (num_embeddings, embedding_dim), whose looked-up rows are dequantised to `dtype`."""
 
     def __init__(self, matrix: QuantizedTensor, dtype: torch.dtype) -> None:
         super().__init__(matrix)
@@ -123,11 +124,11 @@ class QuantizedEmbedding(QuantizedMatrix):
         return self.columns
 
     def forward(self, ids: Tensor) -> Tensor:
-        flat = ids.flatten().long()  # as indices, numbers of 8 bits would be a mask
+        flat = ids.flatten().long()  # uint8 indices would be interpreted as a mask
         return self.quantized.select(flat).unpack(self.dtype).view(*ids.shape, self.columns)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        # No floating-point buffer shows it what dtype the model is to have.
+        # There is no floating-point buffer to follow a change of the model's dtype.
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
 
@@ -136,12 +137,12 @@ Kind = nn.Linear | nn.Embedding | Conv1D
 
 
 def matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """A module's weight as rows of outputs."""
+    """A module's weight as (outputs, inputs)."""
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def quantized_module(module: nn.Module, matrix: QuantizedTensor, dtype: torch.dtype) -> QuantizedMatrix:
-    """What stands in a linear layer's or an embedding's place, with that matrix; it keeps the layer's bias."""
+    """The replacement of a linear layer or an embedding, with the quantised matrix and the layer's bias."""
     if isinstance(module, nn.Embedding):
         made: QuantizedMatrix = QuantizedEmbedding(matrix, dtype)
     else:
@@ -151,7 +152,7 @@ def quantized_module(module: nn.Module, matrix: QuantizedTensor, dtype: torch.dt
 
 
 def plain_module(module: QuantizedMatrix, dtype: torch.dtype) -> Kind:
-    """The layer or embedding that the packed one stands for, its numbers in `dtype`."""
+    """The unquantised layer or embedding, with the dequantised weight in `dtype`."""
     weight = module.dequantize(dtype)
     with torch.device("meta"):
         if isinstance(module, QuantizedLinear) and module.transposed:
@@ -168,7 +169,7 @@ def plain_module(module: QuantizedMatrix, dtype: torch.dtype) -> Kind:
 
 
 def tied(table: nn.Module, layer: Any) -> Any:
-    """The layer with the table's own matrix: one in memory, packed or not."""
+    """The layer with the table's matrix as a shared weight, quantised or not."""
     if not isinstance(table, QuantizedMatrix):
         weight = table.get_parameter("weight")
         if isinstance(layer, QuantizedMatrix):

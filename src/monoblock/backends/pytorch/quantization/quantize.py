@@ -1,4 +1,4 @@
-"""Which matrices of a model are quantised, and putting quantised ones in their places, one after the other."""
+"""Quantisation of a model: the choice of matrices, and their replacement one at a time."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from monoblock.backends.pytorch.quantization.modules import (
 )
 from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfig
 
-# Of the token embedding and the projection to the vocabulary, by those of the blocks.
+# Bits of the token embedding and of the projection to the vocabulary, by the bits of the blocks.
 VOCABULARY_BITS = {8: 8, 4: 8, LOSSLESS: LOSSLESS}
-# Weights that are packed before freed memory is returned: few beside a model that this matters for.
+# Weights that are quantised before freed memory is returned: few compared to a large model.
 RETURN_AFTER = 1 << 25
 
 
 def quantize(model: ModelBase, how: QuantizationConfig) -> None:
-    """Replace the matrices of the model that are to be quantised. ValueError names a module that it does not have;
-    ImportError, that bitsandbytes is not there."""
+    """Replace the model's matrices by quantised ones. ValueError: already quantised, or the config names an unknown
+    module. ImportError: bitsandbytes is not installed."""
     if model.quantization_config is not None:
         raise ValueError("the model's weights are quantised already: call its dequantize() first")
     if isinstance(how, WeightOnlyConfig):
@@ -47,15 +47,15 @@ def quantize(model: ModelBase, how: QuantizationConfig) -> None:
 
 
 def dequantize(model: ModelBase) -> None:
-    """Give the model plain matrices again, with the numbers that the packed ones stand for."""
+    """Replace quantised matrices by dequantised ones. ValueError: the model is not quantised by this library."""
     if not isinstance(model.quantization_config, WeightOnlyConfig):
         raise ValueError(
-            'dequantize() is for weights packed by quantization_config="int8", "int4" or "lossless"; this '
+            'dequantize() is for weights quantised by quantization_config="int8", "int4" or "lossless"; this '
             "model's are not"
         )
     dtype = model.dtype
     for name, module in list(model.named_modules()):
-        # What is tied to the embedding follows it.
+        # Weights tied to the embedding are restored by tie_weights().
         if isinstance(module, QuantizedMatrix) and f"{name}.weight" not in model.tied():
             replace(model, name, plain_module(module, dtype))
     model.tie_weights()
@@ -63,7 +63,7 @@ def dequantize(model: ModelBase) -> None:
 
 
 class Quantizer:
-    """Packs the matrices of a model as they come; those that are there already in `finish`."""
+    """Quantises the matrices of a model while they are loaded (`put`), and the remaining ones in `finish`."""
 
     def __init__(self, model: ModelBase, how: WeightOnlyConfig) -> None:
         self.model, self.how, self.unreturned = model, how, 0
@@ -80,7 +80,7 @@ class Quantizer:
         }
 
     def put(self, path: str, tensor: Tensor) -> None:
-        """Make the tensor the parameter of that name, or the packed matrix in its place."""
+        """Assign the tensor to the parameter of that name, or replace the module by one with the quantised matrix."""
         name, _, last = path.rpartition(".")
         if last != "weight" or name not in self.bits:
             loading.assign(self.model, path, tensor)
@@ -89,7 +89,7 @@ class Quantizer:
         try:
             quantized = formats.pack(matrix(module, tensor.detach()), self.bits[name], self.how.group_size)
         except formats.DoesNotFit:
-            self.bits.pop(name)  # it stays as it is
+            self.bits.pop(name)  # it stays unquantised
             loading.assign(self.model, path, tensor)
             return
         except ValueError as error:
@@ -97,14 +97,14 @@ class Quantizer:
         replace(self.model, name, quantized_module(module, quantized, tensor.dtype))
         owner = self.model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, Part):
-            owner.fuse_groups()  # at once, so that the memory of the single tensors is free for the next ones
+            owner.fuse_groups()  # now, to free the memory of the separate tensors
         self.unreturned += tensor.numel()
         if self.unreturned > RETURN_AFTER:
             self.unreturned = 0
             return_free_memory()
 
     def finish(self) -> None:
-        """Pack what is there and has not been packed."""
+        """Quantise the matrices that are not yet quantised."""
         for name in list(self.bits):
             module = self.model.get_submodule(name)
             if not isinstance(module, QuantizedMatrix):
@@ -115,7 +115,7 @@ class Quantizer:
         self.model.quantization_config = self.how
 
     def _unpack_mixed(self) -> None:
-        """Where one of the matrices that kernels take as one did not fit, the others stay as they are too."""
+        """If one matrix of a fused group did not fit, dequantise the others of the group too."""
         for group in _groups(self.model) if self.how.bits == LOSSLESS else ():
             members = {name: self.model.get_submodule(name) for name in group}
             if len({isinstance(member, QuantizedMatrix) for member in members.values()}) > 1:
@@ -125,8 +125,8 @@ class Quantizer:
 
 
 def return_free_memory() -> None:
-    """Have the C library give freed memory back to the system, where it can (glibc): arrays of some megabytes that are
-    made and freed by turns leave holes that stay resident."""
+    """Return freed memory to the system (malloc_trim of glibc): alternating allocations of some megabytes fragment the
+    heap, and the holes stay resident."""
     if (trim := _malloc_trim()) is not None:
         trim(0)
 
@@ -137,8 +137,8 @@ def _malloc_trim() -> Any:
 
 
 def matrices(model: ModelBase) -> dict[str, nn.Module]:
-    """The modules that may be packed, by name: the matrices of the blocks, the token embedding, and the projection to
-    the vocabulary."""
+    """The modules that can be quantised, by name: the matrices of the blocks, the token embedding, and the projection
+    to the vocabulary."""
     found: dict[str, nn.Module] = {model.module_path("embed"): model.get_input_embeddings()}
     layers = model.module_path("layers")
     for name, module in model.get_submodule(layers).named_modules(prefix=layers):
@@ -150,25 +150,25 @@ def matrices(model: ModelBase) -> dict[str, nn.Module]:
 
 
 def _vocabulary(model: ModelBase) -> set[str]:
-    """The names of the matrices that have a row for each token."""
+    """The names of the embedding and of the projection to the vocabulary."""
     return {model.module_path("embed")} | (
         {model.module_path("head_out")} if model.get_output_embeddings() is not None else set()
     )
 
 
 def _kept(model: ModelBase, names: Iterable[str], asked: Iterable[str]) -> set[str]:
-    """The modules that are to stay as they are; ValueError for a name that no module of the model has.
+    """The modules that stay unquantised. ValueError: a name matches no module of the model.
 
-    What is asked for may be a name, its end, or what it is a part of ("lm_head", "mlp.down_proj", "layers.0"). Matrices
-    that kernels take as one stay together.
+    Each entry of `asked` is a sequence of components of a module's path ("lm_head", "mlp.down_proj", "layers.0"). All
+    matrices of a fused group are kept together.
     """
     known, names = [name for name, _ in model.named_modules() if name], list(names)
-    for word in asked:
-        if not any(_within(word, name) for name in known):
+    for entry in asked:
+        if not any(_within(entry, name) for name in known):
             raise ValueError(
-                f"modules_to_not_convert (or llm_int8_skip_modules) names {word!r}, which is no module of this model"
+                f"modules_to_not_convert (or llm_int8_skip_modules) names {entry!r}, which is no module of this model"
             )
-    kept = {name for name in names if any(_within(word, name) for word in asked)}
+    kept = {name for name in names if any(_within(entry, name) for entry in asked)}
     for group in _groups(model):
         if kept & set(group):
             kept |= set(group) & set(names)
@@ -176,7 +176,7 @@ def _kept(model: ModelBase, names: Iterable[str], asked: Iterable[str]) -> set[s
 
 
 def _groups(model: ModelBase) -> list[tuple[str, ...]]:
-    """The names of matrices that kernels take as one: quantised together, or not at all."""
+    """The names of the fused groups' matrices: a group is quantised as a whole, or not at all."""
     groups: list[tuple[str, ...]] = []
     for name, part in model.named_modules():
         if isinstance(part, Part):
@@ -188,5 +188,5 @@ def _groups(model: ModelBase) -> list[tuple[str, ...]]:
     return groups
 
 
-def _within(word: str, name: str) -> bool:
-    return f".{word}." in f".{name}."
+def _within(entry: str, name: str) -> bool:
+    return f".{entry}." in f".{name}."
