@@ -6,6 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SUFFIXES = {".py", ".pyi", ".hpp", ".cpp", ".h", ".md", ".toml", ".cfg", ".yml", ".yaml", ".html", ""}
 FOLDERS = ("src", "tests", "bench", "tools", "examples", "docs")
@@ -84,11 +86,63 @@ def found(text: str) -> list[tuple[int, str]]:
     ]
 
 
-if __name__ == "__main__":  # python tests/core/test_words.py [FOLDER or FILE ...]: all that is left to do
+def left_over(wanted: list[Path]) -> list[str]:
+    """Each phrase of those folders or files, with its file and line."""
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {phrase}"
+        for path in files()
+        if path not in APART and path.is_file() and any(path == w or w in path.parents for w in wanted)
+        for number, phrase in found(path.read_text())
+    ]
+
+
+def test_no_listed_phrase_is_left() -> None:
+    assert not left_over([ROOT])
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        ("keys that were turned", "turned"),
+        ("def has_places(x):", "places"),
+        ("the makers' own code", "makers'"),
+        ("A whole-number product", "whole-number"),
+        ("the hub's names", "the hub's names"),
+    ],
+)
+def test_phrases_are_found_in_prose_and_in_names(text: str, phrase: str) -> None:
+    assert found(f"first line\n{text}") == [(2, phrase)]
+
+
+@pytest.mark.parametrize(
+    "text", ["replaces a placeholder", "in place of", "returned", "a record of the trade"]
+)
+def test_other_words_are_not(text: str) -> None:
+    assert not found(text)
+
+
+# Data that describes a module has its name: `spec.Attention` is what the backends' `Attention` is built from. A
+# structure of the native interface has the name that it has in C++.
+SAME_NAME = {"Attention", "Mlp", "Dropout", "LowRank"}
+
+
+def test_a_class_name_stands_for_one_thing() -> None:
+    """Only the parallel backends have classes of the same name, one each."""
+    homes: dict[str, list[str]] = {}
+    for path in (ROOT / "src" / "monoblock").rglob("*.py"):
+        parts = path.relative_to(ROOT / "src" / "monoblock").parts
+        home = parts[1] if parts[0] == "backends" and len(parts) > 2 else "no backend"
+        for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE):
+            homes.setdefault(name, []).append(home)
+    shared = {name: found for name, found in homes.items() if len(found) > 1}
+    assert not {
+        name: found
+        for name, found in shared.items()
+        if name not in SAME_NAME and (len(set(found)) < len(found) or "no backend" in found)
+    }
+
+
+if __name__ == "__main__":  # python tests/core/test_words.py [FOLDER or FILE ...]: the phrases that are left
     import sys
 
-    wanted = [Path(name).resolve() for name in sys.argv[1:]] or [ROOT]
-    for path in files():
-        if path not in APART and path.is_file() and any(path == w or w in path.parents for w in wanted):
-            for number, phrase in found(path.read_text()):
-                print(f"{path.relative_to(ROOT)}:{number}: {phrase}")
+    print("\n".join(left_over([Path(name).resolve() for name in sys.argv[1:]] or [ROOT])))

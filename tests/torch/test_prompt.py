@@ -273,9 +273,9 @@ def assert_same_in_chunks(
     """Generation from a whole prompt equals that from one in `chunks` chunks of 4 tokens; `given()` makes other
     arguments."""
     outs, calls = {}, []
-    arguments = decoder.Decoder._arguments
+    arguments = decoder.CachedDecoder._arguments
     monkeypatch.setattr(
-        decoder.Decoder, "_arguments", lambda *a, **k: (calls.append(k), arguments(*a, **k))[1]
+        decoder.CachedDecoder, "_arguments", lambda *a, **k: (calls.append(k), arguments(*a, **k))[1]
     )
     for size in (1024, 4):
         calls.clear()
@@ -333,13 +333,13 @@ def test_prefill_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """`prefill_chunk_size` holds on every device and for every cache; unsupported combinations raise."""
     ids, mask = prompts("MistralForCausalLM")
     module, counts = small("MistralForCausalLM"), []
-    arguments = decoder.Decoder._arguments
+    arguments = decoder.CachedDecoder._arguments
 
     def counted(self: Any, tokens: Any, *more: Any, **named: Any) -> Any:
         counts.append(tokens["input_ids"].shape[1])
         return arguments(self, tokens, *more, **named)
 
-    monkeypatch.setattr(decoder.Decoder, "_arguments", counted)
+    monkeypatch.setattr(decoder.CachedDecoder, "_arguments", counted)
     given = {**OPTIONS, "attention_mask": mask}
     whole = module.generate(ids, **given)
     counts.clear()

@@ -23,7 +23,7 @@ KERNEL = {
 MOST_SHOWN = 50  # names in a warning; `output_loading_info` has all
 
 
-class LoadOptions:
+class CommonLoadOptions:
     """The options of a load; the keywords that are no options are left where they were.
 
     `prefix` is that of the framework's classes; `refused` are options of other frameworks' classes, and what does the
@@ -70,7 +70,7 @@ def told_of_unused(name: str, where: str, report: LoadReport) -> None:
 def loading_info(
     missing: Iterable[str], mismatched: Iterable[str], report: LoadReport
 ) -> dict[str, list[str]]:
-    """What `output_loading_info=True` gives; `missing` and `mismatched`: names of parameters that were made anew."""
+    """What `output_loading_info=True` gives; `missing` and `mismatched`: names of parameters that got new values."""
     return {
         "missing_keys": sorted(missing),
         "unexpected_keys": report.unexpected,
@@ -80,7 +80,7 @@ def loading_info(
 
 
 def opened(
-    cls: Any, name: Any, config: Any, options: LoadOptions, kwargs: dict[str, Any]
+    cls: Any, name: Any, config: Any, options: CommonLoadOptions, kwargs: dict[str, Any]
 ) -> tuple[Any, Any, Any]:
     """What a model of a class is made of: its config, its generation config (or None) and its opened weights, all of
     one save of the folder or repository `name`. TypeError: a keyword that the config does not know."""

@@ -1,7 +1,7 @@
 """Convert between tensors of a framework and raw bytes, without copies or casts.
 
-An `Adapter` describes a tensor (safetensors dtype name, shape), returns its bytes, and creates tensors over a buffer. A
-framework is imported only when its adapter is requested.
+An `ArrayAdapter` describes a tensor (safetensors dtype name, shape), returns its bytes, and creates tensors over a
+buffer. A framework is imported only when its adapter is requested.
 
 Without `ml_dtypes`, NumPy has no bfloat16 and no float8. Such arrays then have a structured dtype of one field, such as
 `dtype([("BF16", "<u2")])`: they can be sliced, concatenated and transposed like any array, and arithmetic on them
@@ -54,7 +54,7 @@ class Description:
     identity: tuple[object, ...] | None
 
 
-class Adapter(Protocol):
+class ArrayAdapter(Protocol):
     """The operations on tensors that the checkpoint code needs of a framework."""
 
     def describe(self, name: str, tensor: Any) -> Description:
@@ -71,7 +71,7 @@ class Adapter(Protocol):
 
 
 @cache
-def adapter(framework: str) -> Adapter:
+def adapter(framework: str) -> ArrayAdapter:
     """The adapter for "pt" (PyTorch) or "np" (NumPy)."""
     if framework not in _ADAPTERS:
         raise ValueError(f"framework={framework!r}: expected one of {', '.join(map(repr, _ADAPTERS))}")
@@ -168,4 +168,4 @@ class _TorchAdapter:
         return self._torch.frombuffer(buffer, dtype=self._torch.uint8).view(kind).reshape(shape)
 
 
-_ADAPTERS: dict[str, Callable[[], Adapter]] = {"pt": _TorchAdapter, "np": _NumpyAdapter}
+_ADAPTERS: dict[str, Callable[[], ArrayAdapter]] = {"pt": _TorchAdapter, "np": _NumpyAdapter}

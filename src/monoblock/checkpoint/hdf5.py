@@ -6,7 +6,7 @@ from collections.abc import KeysView, Mapping
 from pathlib import Path
 from typing import Any
 
-from monoblock.checkpoint.array_adapters import SAFETENSORS_DTYPES, Adapter, adapter
+from monoblock.checkpoint.array_adapters import SAFETENSORS_DTYPES, ArrayAdapter, adapter
 from monoblock.checkpoint.header import check_weight_file
 from monoblock.errors import CheckpointError
 
@@ -21,7 +21,7 @@ class Hdf5:
     only weights, mostly without the outer model's name. Here that name is removed from all of them.
     """
 
-    def __init__(self, path: Path, arrays: Adapter):
+    def __init__(self, path: Path, arrays: ArrayAdapter):
         self._bytes, self._unpacked = check_weight_file(path), 0
         h5py = _import_h5py(path)
         self.path = path

@@ -55,7 +55,7 @@ _NOT_WEIGHTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file: its dtype (safetensors name), its shape, and the offsets of its bytes from the file's
     start. `rest`: the offsets of further chunks, in formats that store a large tensor in several."""
 
@@ -70,7 +70,7 @@ class Entry:
 class Header:
     """A file's tensors by name, in the order of their offsets, and its metadata."""
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
 
@@ -145,7 +145,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _entry(path: Path, name: str, field: object, start: int) -> Entry:
+def _entry(path: Path, name: str, field: object, start: int) -> TensorEntry:
     values = cast(dict[str, Any], field) if isinstance(field, dict) else {}
     dtype, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
     if (
@@ -169,7 +169,7 @@ def _entry(path: Path, name: str, field: object, start: int) -> Entry:
             f"{path} has a broken header: tensor {brief(name)} of {dtype} {shape} needs {expected} bytes, "
             f"its data_offsets {offsets} give {end - begin}"
         )
-    return Entry(dtype=dtype, shape=tuple(cast(list[int], shape)), begin=start + begin, end=start + end)
+    return TensorEntry(dtype=dtype, shape=tuple(cast(list[int], shape)), begin=start + begin, end=start + end)
 
 
 def _counts(value: object) -> bool:
@@ -179,7 +179,7 @@ def _counts(value: object) -> bool:
     return all(type(n) is int and 0 <= n <= _MAX_COUNT for n in cast(list[object], value))
 
 
-def _check_layout(path: Path, entries: list[tuple[str, Entry]], start: int, size: int) -> None:
+def _check_layout(path: Path, entries: list[tuple[str, TensorEntry]], start: int, size: int) -> None:
     offset = start
     for name, entry in entries:
         if entry.begin != offset:

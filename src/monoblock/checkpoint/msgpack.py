@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from monoblock.checkpoint.array_adapters import SAFETENSORS_DTYPES
-from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, check_weight_file
+from monoblock.checkpoint.header import ITEM_BYTES, Header, TensorEntry, check_weight_file
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief
 
@@ -183,13 +183,13 @@ _TAGS: dict[int, Callable[[_Reader], object]] = {
 }
 
 
-def _entry(shape: list[object], dtype: str, span: _Span) -> Entry:
+def _entry(shape: list[object], dtype: str, span: _Span) -> TensorEntry:
     if dtype not in SAFETENSORS_DTYPES:
         raise ValueError(f"an array has dtype {brief(dtype)}, which is not supported")
     sizes = _sizes(shape)
     if sizes is None or span.end - span.begin != prod(sizes) * ITEM_BYTES[SAFETENSORS_DTYPES[dtype]]:
         raise ValueError(f"an array of {dtype} {brief(shape)} has {span.end - span.begin} bytes")
-    return Entry(dtype=SAFETENSORS_DTYPES[dtype], shape=sizes, begin=span.begin, end=span.end)
+    return TensorEntry(dtype=SAFETENSORS_DTYPES[dtype], shape=sizes, begin=span.begin, end=span.end)
 
 
 def _sizes(shape: list[object]) -> tuple[int, ...] | None:
@@ -198,9 +198,9 @@ def _sizes(shape: list[object]) -> tuple[int, ...] | None:
     return sizes if len(sizes) == len(shape) <= _AXES else None
 
 
-def _flat(node: object, name: str) -> Iterator[tuple[str, Entry]]:
+def _flat(node: object, name: str) -> Iterator[tuple[str, TensorEntry]]:
     """The arrays in a subtree, by name."""
-    if isinstance(node, Entry):
+    if isinstance(node, TensorEntry):
         yield name or "array", node
     elif not isinstance(node, dict):
         raise ValueError(f"{brief(name)} is no array, but of type {type(node).__name__}")
@@ -211,10 +211,10 @@ def _flat(node: object, name: str) -> Iterator[tuple[str, Entry]]:
             yield from _flat(inner, f"{name}.{key}".lstrip("."))
 
 
-def _joined(node: Mapping[str, object], name: str) -> Entry:
+def _joined(node: Mapping[str, object], name: str) -> TensorEntry:
     """The entry of a chunked array."""
     chunks, shape = _counted(node.get("chunks")), _counted(node.get("shape"))
-    arrays = [chunk for chunk in chunks if isinstance(chunk, Entry)]
+    arrays = [chunk for chunk in chunks if isinstance(chunk, TensorEntry)]
     sizes = _sizes(shape)
     if not arrays or sizes is None or len(arrays) < len(chunks) or len({array.dtype for array in arrays}) > 1:
         raise ValueError(f"the chunks of {brief(name)} form no array")
@@ -222,7 +222,7 @@ def _joined(node: Mapping[str, object], name: str) -> Entry:
         raise ValueError(f"the chunks of {brief(name)} do not fill the shape {list(sizes)}")
     first, *rest = arrays
     rest_ranges = tuple((array.begin, array.end) for array in rest)
-    return Entry(dtype=first.dtype, shape=sizes, begin=first.begin, end=first.end, rest=rest_ranges)
+    return TensorEntry(dtype=first.dtype, shape=sizes, begin=first.begin, end=first.end, rest=rest_ranges)
 
 
 def _counted(node: object) -> list[object]:
@@ -231,7 +231,7 @@ def _counted(node: object) -> list[object]:
     return [table.get(str(i)) for i in range(len(table))]
 
 
-def _no_duplicates(pairs: Iterator[tuple[str, Entry]]) -> Iterator[tuple[str, Entry]]:
+def _no_duplicates(pairs: Iterator[tuple[str, TensorEntry]]) -> Iterator[tuple[str, TensorEntry]]:
     seen: set[str] = set()
     for name, entry in pairs:
         if name in seen:

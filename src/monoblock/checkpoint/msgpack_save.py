@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from monoblock.checkpoint.array_adapters import DTYPE_NAMES, Adapter, Description, adapter
+from monoblock.checkpoint.array_adapters import DTYPE_NAMES, ArrayAdapter, Description, adapter
 from monoblock.checkpoint.header import ITEM_BYTES
 from monoblock.checkpoint.msgpack import CHUNKED
 from monoblock.checkpoint.save import SINGLE as SAFETENSORS
@@ -83,7 +83,7 @@ def _tree(part: Mapping[str, Description]) -> _Tree:
     return root
 
 
-def _write_tree(file: BinaryIO, arrays: Adapter, tree: _Tree, leaves: Mapping[str, Any]) -> None:
+def _write_tree(file: BinaryIO, arrays: ArrayAdapter, tree: _Tree, leaves: Mapping[str, Any]) -> None:
     file.write(_head(_MAP, len(tree)))
     for key, node in tree.items():
         file.write(_text(key))

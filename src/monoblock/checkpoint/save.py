@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from monoblock.checkpoint.array_adapters import Adapter, Description, Framework, adapter
+from monoblock.checkpoint.array_adapters import ArrayAdapter, Description, Framework, adapter
 from monoblock.checkpoint.fingerprint import FINGERPRINTS, fingerprint
 from monoblock.checkpoint.header import ITEM_BYTES, make_header
 from monoblock.checkpoint.transaction import SAVE_ID, Staging, staged
@@ -188,7 +188,9 @@ def _shard_name(single: str, number: int, count: int) -> str:
     return f"{stem}-{number:05}-of-{count:05}.{suffix}"
 
 
-def _describe(arrays: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Description], dict[str, str]]:
+def _describe(
+    arrays: ArrayAdapter, tensors: Mapping[str, Any]
+) -> tuple[dict[str, Description], dict[str, str]]:
     """The tensors to write, and tied name -> first name of the same tensor."""
     described: dict[str, Description] = {}
     ties: dict[str, str] = {}
@@ -218,7 +220,7 @@ def made(value: Any | Callable[[], Any]) -> Any:
 
 def _write(
     file: BinaryIO,
-    arrays: Adapter,
+    arrays: ArrayAdapter,
     tensors: Mapping[str, Any],
     part: Mapping[str, Description],
     notes: Mapping[str, str],

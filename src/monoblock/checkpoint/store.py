@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from monoblock.checkpoint import pages
-from monoblock.checkpoint.array_adapters import Adapter, Framework, adapter, import_torch
+from monoblock.checkpoint.array_adapters import ArrayAdapter, Framework, adapter, import_torch
 from monoblock.checkpoint.fingerprint import fingerprint
 from monoblock.checkpoint.hdf5 import Hdf5
-from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, read_header
+from monoblock.checkpoint.header import ITEM_BYTES, Header, TensorEntry, read_header
 from monoblock.checkpoint.hub import Kind, WeightFiles
 from monoblock.checkpoint.msgpack import read_msgpack
 from monoblock.checkpoint.naming import Naming, RenamedShard, Shard, flax_name, tensorflow_name
@@ -143,7 +143,7 @@ class _Mapped:
     """A private memory map of a file whose tensors' offsets are known. It holds the file that was opened: a later file
     of the same name belongs to another save."""
 
-    def __init__(self, path: Path, arrays: Adapter, read: Callable[[Path], Header]):
+    def __init__(self, path: Path, arrays: ArrayAdapter, read: Callable[[Path], Header]):
         self.path = path
         try:
             self._file = os.open(path, os.O_RDONLY)
@@ -193,7 +193,7 @@ class _Mapped:
         shape = (sum(entry.shape[0] for entry in entries), *first.shape[1:])
         return shards[0]._arrays.from_buffer(buffer, first.dtype, shape)
 
-    def _copied(self, entry: Entry) -> bytearray:
+    def _copied(self, entry: TensorEntry) -> bytearray:
         """A copy of the entry's bytes; the mapped pages are released while copying."""
         ranges = ((entry.begin, entry.end), *entry.rest)
         copy = bytearray(sum(end - begin for begin, end in ranges))
@@ -206,7 +206,7 @@ class _Mapped:
                 _release(self._map, *_inner_pages(start, stop))
         return copy
 
-    def _buffer(self, name: str, entry: Entry) -> ctypes.Array[ctypes.c_char]:
+    def _buffer(self, name: str, entry: TensorEntry) -> ctypes.Array[ctypes.c_char]:
         """The entry's range of the map, as an object that releases the pages it alone covers when it is freed.
 
         Each range of a map is handed out once. A second tensor of the same name gets a new map: it must not see
@@ -233,7 +233,7 @@ def _release(pages: mmap.mmap, begin: int, length: int) -> None:
         pages.madvise(mmap.MADV_DONTNEED, begin, length)
 
 
-def _safetensors(path: Path, arrays: Adapter) -> Shard:
+def _safetensors(path: Path, arrays: ArrayAdapter) -> Shard:
     """A safetensors file. If its metadata names transformers 4's Flax or TensorFlow format, names are translated."""
     shard = _Mapped(path, arrays, read_header)
     naming = _NAMINGS.get(shard.metadata.get("format", ""))
@@ -243,7 +243,7 @@ def _safetensors(path: Path, arrays: Adapter) -> Shard:
 class _Pickle:
     """A PyTorch .bin file: memory-mapped if it is a zip archive (torch 1.6 and later), else read into memory."""
 
-    def __init__(self, path: Path, arrays: Adapter):
+    def __init__(self, path: Path, arrays: ArrayAdapter):
         self.path = path
         self.metadata: Mapping[str, str] = {}
         self._arrays = arrays
@@ -285,7 +285,7 @@ def _load_pickle(path: Path) -> dict[str, Any]:
 
 _NAMINGS: dict[str, Naming] = {"flax": flax_name, "tf": tensorflow_name}
 
-_OPENERS: dict[Kind, Callable[[Path, Adapter], Shard]] = {
+_OPENERS: dict[Kind, Callable[[Path, ArrayAdapter], Shard]] = {
     "safetensors": _safetensors,
     "bin": _Pickle,
     "msgpack": lambda path, arrays: RenamedShard(_Mapped(path, arrays, read_msgpack), flax_name),

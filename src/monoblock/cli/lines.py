@@ -12,14 +12,14 @@ QUOTES = '"""'
 
 
 @dataclass(frozen=True)
-class Entry:
+class TypedMessage:
     """One input; the text of a `block` is never a command."""
 
     text: str
     block: bool = False
 
 
-def entries(interactive: bool) -> Iterator[Entry]:
+def entries(interactive: bool) -> Iterator[TypedMessage]:
     """The user's inputs until the end; at a terminal, with line editing and history.
 
     Ctrl-C within an input discards it; otherwise KeyboardInterrupt is raised. ValueError if piped input ends within a
@@ -42,7 +42,7 @@ def entries(interactive: bool) -> Iterator[Entry]:
         yield entry
 
 
-def _complete(line: str, read: Callable[[str], str | None]) -> Entry | None:
+def _complete(line: str, read: Callable[[str], str | None]) -> TypedMessage | None:
     """The input that begins with this line; None if it is not complete at the end."""
     if line.lstrip().startswith(QUOTES):
         text = line.lstrip().removeprefix(QUOTES)
@@ -50,11 +50,11 @@ def _complete(line: str, read: Callable[[str], str | None]) -> Entry | None:
             if (more := read(MORE)) is None:
                 return None
             text += "\n" + more
-        return Entry(text.rstrip().removesuffix(QUOTES).strip("\n"), block=True)
+        return TypedMessage(text.rstrip().removesuffix(QUOTES).strip("\n"), block=True)
     while line.endswith("\\"):
         line = line.removesuffix("\\") + "\n"
         line += read(MORE) or ""
-    return Entry(line)
+    return TypedMessage(line)
 
 
 def _piped(prompt: str) -> str | None:

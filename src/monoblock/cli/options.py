@@ -30,7 +30,7 @@ class Quantize(StrEnum):
     LOSSLESS = "lossless"
 
 
-class Framework(StrEnum):
+class FrameworkName(StrEnum):
     """Frameworks."""
 
     PYTORCH = "pt"
@@ -85,7 +85,7 @@ class FrameworkModelOptions(ModelOptions):
     """Options for loading a model in any framework."""
 
     framework: Annotated[
-        Framework | None,
+        FrameworkName | None,
         typer.Option(
             help="pt (PyTorch), flax (JAX) or tf (TensorFlow); default: the first that is installed."
         ),

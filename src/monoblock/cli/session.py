@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from monoblock.cli import console
 from monoblock.cli.conversation import Conversation
-from monoblock.cli.lines import Entry, entries
+from monoblock.cli.lines import TypedMessage, entries
 from monoblock.cli.settings import Settings, literal
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Session:
                     raise
                 console.print_error(error)
 
-    def _handle(self, entry: Entry) -> None:
+    def _handle(self, entry: TypedMessage) -> None:
         text = entry.text.strip()
         if not text:
             return

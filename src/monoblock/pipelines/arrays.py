@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 
-class Adapter(Protocol):
+class PipelineBackend(Protocol):
     """Runs a model of one framework on lists of rows and returns NumPy arrays."""
 
     model: Any

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from monoblock.pipelines import frameworks
-from monoblock.pipelines.arrays import Adapter
+from monoblock.pipelines.arrays import PipelineBackend
 from monoblock.pipelines.progress import with_progress_bar
 
 NO_LIMIT = 10**20  # a larger model_max_length of a tokenizer stands for an unknown one
@@ -68,7 +68,7 @@ class Pipeline:
         self.image_processor: Any = (
             getattr(processor, "image_processor", None) if image_processor is None else image_processor
         )
-        self.adapter: Adapter = frameworks.of_model(model).adapter.Adapter(model, device)
+        self.adapter: PipelineBackend = frameworks.of_model(model).adapter.Adapter(model, device)
         if self.heads and model.row.head not in self.heads:
             raise ValueError(
                 f"{model.row.name} does not support {self.task!r}: that needs a head of the kind "

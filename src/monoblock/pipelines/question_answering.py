@@ -21,7 +21,7 @@ class Span(NamedTuple):
     score: float
 
 
-class _Chunk(NamedTuple):
+class _ContextChunk(NamedTuple):
     context: str
     encoding: Any  # of the tokenizers library
     is_context: np.ndarray  # [tokens], True for tokens of the context
@@ -125,11 +125,11 @@ class QuestionAnsweringPipeline(Pipeline):
             )
         return stride
 
-    def _chunk(self, context: str, encoding: Any, sequence: int) -> _Chunk:
+    def _chunk(self, context: str, encoding: Any, sequence: int) -> _ContextChunk:
         is_context = np.array([one == sequence for one in encoding.sequence_ids])
         cls = self.tokenizer.cls_token_id
         null = None if cls is None or cls not in encoding.ids else encoding.ids.index(cls)
-        return _Chunk(context, encoding, is_context, null)
+        return _ContextChunk(context, encoding, is_context, null)
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
@@ -141,7 +141,7 @@ class QuestionAnsweringPipeline(Pipeline):
         words, k = options["align_to_words"], options["top_k"]
         none = 1.0  # the probability that no chunk has an answer: the minimum over chunks
         for row in rows:
-            chunk: _Chunk = row.info
+            chunk: _ContextChunk = row.info
             # Several token spans can align to the same words, so more than k are needed.
             found, null = spans(row.output, chunk, 2 * k + 10 if words else k, options["max_answer_len"])
             none = min(none, null)
@@ -160,7 +160,7 @@ class QuestionAnsweringPipeline(Pipeline):
 
 
 def spans(
-    output: Mapping[str, np.ndarray], chunk: _Chunk, count: int, longest: int
+    output: Mapping[str, np.ndarray], chunk: _ContextChunk, count: int, longest: int
 ) -> tuple[list[Span], float]:
     """The most probable spans of a chunk, best first, and the probability that it has no answer.
 

@@ -21,7 +21,7 @@ from monoblock.pipelines.entities import (
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _TokenChunk:
     """The chunk of a text in one row: its tokens, special-token mask and character offsets."""
 
     sentence: str
@@ -129,7 +129,7 @@ class TokenClassificationPipeline(Pipeline):
                 raise ValueError(
                     f"offset_mapping has {len(offsets)} spans for {len(row['input_ids'])} tokens: pass one for each"
                 )
-            chunk = _Chunk(sentence, encoded.tokens(i), row["special_tokens_mask"], offsets)
+            chunk = _TokenChunk(sentence, encoded.tokens(i), row["special_tokens_mask"], offsets)
             found.append(PipelineInput(self.model_inputs(row), chunk))
         return found
 
@@ -153,7 +153,7 @@ class TokenClassificationPipeline(Pipeline):
         return without_overlaps(entities) if len(rows) > 1 else entities
 
     def _token_groups(self, row: PipelineInput) -> list[TokenGroup]:
-        chunk: _Chunk = row.info
+        chunk: _TokenChunk = row.info
         scores = softmax(row.output["logits"])
         prefix = getattr(self.tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
         groups: list[TokenGroup] = []

@@ -31,7 +31,7 @@ _CALL_ONLY = ("self", "kwargs", "text", "images", "return_legacy_image_output")
 
 
 @dataclass(frozen=True)
-class _Row:
+class _PromptRow:
     """One sample: its ids, and the patch index of each (-1: none)."""
 
     ids: Ids
@@ -143,7 +143,7 @@ class FuyuProcessor:
         encoded = self.tokenizer(text, **arguments)
         return FuyuBatchEncoding(dict(encoded), encoded.encodings)
 
-    def _row(self, text: str, image: Any, special: bool, settings: Mapping[str, Any]) -> _Row:
+    def _row(self, text: str, image: Any, special: bool, settings: Mapping[str, Any]) -> _PromptRow:
         prompts = self._prompts
         patched = None if image is None else self.image_processor.patched(image, **settings)
         ids, indices = np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -153,7 +153,7 @@ class FuyuProcessor:
         if special:
             text_ids = [prompts.id(BEGIN), *text_ids, prompts.id(ANSWER)]
         none = np.full(len(text_ids), -1)
-        return _Row(
+        return _PromptRow(
             np.concatenate([ids, np.asarray(text_ids, np.int64)]),
             np.concatenate([indices, none]),
             self._no_patches(settings) if patched is None else patched.patches,
@@ -163,7 +163,9 @@ class FuyuProcessor:
         size = height_width("patch_size", settings.get("patch_size") or self.image_processor.patch_size)
         return np.zeros((0, size[0] * size[1] * 3), np.float32)
 
-    def _batch(self, rows: Sequence[_Row], arguments: Mapping[str, Any], legacy: bool) -> FuyuBatchEncoding:
+    def _batch(
+        self, rows: Sequence[_PromptRow], arguments: Mapping[str, Any], legacy: bool
+    ) -> FuyuBatchEncoding:
         length = padded_length(max(len(row.ids) for row in rows), arguments)
         side = arguments["padding_side"]
         data: dict[str, Any] = {

@@ -88,7 +88,7 @@ class _Config(TypedDict, total=False):
     default_num_special_tokens: int
 
 
-class _Row(TypedDict, total=False):
+class _SpecialToken(TypedDict, total=False):
     """The types of the fields of a vocabulary entry or a special token."""
 
     rank: int
@@ -98,7 +98,7 @@ class _Row(TypedDict, total=False):
 
 def _rows(name: str, listed: Any, *fields: str) -> list[dict[str, Any]]:
     """The entries of a list, each with these fields."""
-    rows = checked("tekken", name, listed, list[_Row])
+    rows = checked("tekken", name, listed, list[_SpecialToken])
     incomplete = next((row for row in rows if any(row.get(field) is None for field in fields)), None)
     if incomplete is not None:
         raise ValueError(f"an entry of its {name} lacks {' or '.join(fields)}: {brief(incomplete)}")

@@ -30,7 +30,7 @@ def computation(dtype: Any) -> Any:
     return found
 
 
-class LoadOptions(options.LoadOptions):
+class LoadOptions(options.CommonLoadOptions):
     """Options of `from_pretrained`; keywords that are not options stay in `kwargs`."""
 
     prefix = "Flax"

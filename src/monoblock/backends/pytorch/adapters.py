@@ -23,7 +23,7 @@ def peft() -> Any:
     return package
 
 
-class Adapters:
+class AdapterMixin:
     """Adds, loads and activates adapters in place, in the model's own modules."""
 
     peft_config: dict[str, Any]

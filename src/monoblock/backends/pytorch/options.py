@@ -10,7 +10,7 @@ from monoblock.checkpoint.hub import Kind
 from monoblock.quantization import parse_quantization
 
 
-class LoadOptions(options.LoadOptions):
+class LoadOptions(options.CommonLoadOptions):
     """The options of a load; other keywords stay in `kwargs`."""
 
     prefix = "PyTorch"

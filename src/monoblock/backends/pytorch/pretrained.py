@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from monoblock import modules, outputs, tree
 from monoblock.backends.options import loading_info, told_of_unused
 from monoblock.backends.pytorch import devices, heads, layers, loading, parts
-from monoblock.backends.pytorch.adapters import Adapters
+from monoblock.backends.pytorch.adapters import AdapterMixin
 from monoblock.backends.pytorch.checked import (
     TENSORS,
     as_indices,
@@ -26,7 +26,7 @@ from monoblock.backends.pytorch.checked import (
     check_types,
 )
 from monoblock.backends.pytorch.construction import Construction
-from monoblock.backends.pytorch.generation.decoder import Generation
+from monoblock.backends.pytorch.generation.decoder import TorchGenerationMixin
 from monoblock.backends.pytorch.inputs import PACKED, flattened, prepare
 from monoblock.backends.pytorch.kernels import attention
 from monoblock.backends.pytorch.model import (
@@ -65,7 +65,7 @@ from monoblock.quantization import BitsAndBytesConfig
 log = logging.getLogger("monoblock")
 
 
-class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters, Tools):
+class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction, AdapterMixin, Tools):
     """The base of all PyTorch models. A model with a head holds the bare model, under the family's prefix, and
     the head's modules next to it; names, classes, signatures, defaults and outputs are transformers'.
 

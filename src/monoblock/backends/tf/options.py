@@ -9,7 +9,7 @@ from monoblock.backends import options
 from monoblock.checkpoint.hub import Kind
 
 
-class LoadOptions(options.LoadOptions):
+class LoadOptions(options.CommonLoadOptions):
     """Options of `from_pretrained`; keywords that are not options stay in `kwargs`."""
 
     prefix = "TF"

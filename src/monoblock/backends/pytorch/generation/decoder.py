@@ -38,7 +38,7 @@ CHUNK = 1024
 UNSUPPORTED: Unsupported = {}  # refused by this backend only
 
 
-class Generation(ModelBase, GenerationMixin):
+class TorchGenerationMixin(ModelBase, GenerationMixin):
     """Adds `generate` to the models that predict the next token."""
 
     def generate(
@@ -116,7 +116,7 @@ def _assisting(kwargs: dict[str, Any]) -> Iterator[None]:
     if helper is None:
         yield
         return
-    check_assistant(helper, Generation)
+    check_assistant(helper, TorchGenerationMixin)
     kwargs["assistant_model"] = Runner(helper)
     with _at_rest(helper):
         yield
@@ -129,7 +129,7 @@ class Runner:
     compiled = None
     unsupported = UNSUPPORTED
 
-    def __init__(self, model: Generation) -> None:
+    def __init__(self, model: TorchGenerationMixin) -> None:
         self.model = model
         self.input_names = INPUTS | MORE.intersection((*model.row.forward.split(), *model.extra))
         self.ops = TorchOps(model.device)
@@ -137,13 +137,13 @@ class Runner:
         self.max_positions = model.max_positions
         self.vocab: int | None = model.spec.vocab
         self.graphed: list[cuda_graphs.GraphDecoder] = []
-        self.decoders: list[Decoder] = []
+        self.decoders: list[CachedDecoder] = []
 
     def decoder(
         self, plan: loop.GenerationPlan, inputs: dict[str, Any]
-    ) -> Decoder | cuda_graphs.GraphDecoder:
+    ) -> CachedDecoder | cuda_graphs.GraphDecoder:
         """A decoder for one call."""
-        decoder = Decoder(self.model, plan, inputs)
+        decoder = CachedDecoder(self.model, plan, inputs)
         self.decoders.append(decoder)
         why = cuda_graphs.call_obstacle(decoder, plan)
         if self.model.device.type in cuda_graphs.CAPTURE:
@@ -162,10 +162,12 @@ class Runner:
             decoder.close()
 
 
-class Decoder:
+class CachedDecoder:
     """A model in the middle of one generation: its cache, positions and mask."""
 
-    def __init__(self, model: Generation, plan: loop.GenerationPlan, inputs: dict[str, Any]) -> None:
+    def __init__(
+        self, model: TorchGenerationMixin, plan: loop.GenerationPlan, inputs: dict[str, Any]
+    ) -> None:
         self.model, config = model, plan.config
         self.embeds: Tensor | None = inputs.get("inputs_embeds")
         self.positions: Tensor | None = inputs.get("position_ids")

@@ -17,7 +17,7 @@ from monoblock.backends.pytorch.kernels import dispatch
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-class LowRank(NamedTuple):
+class LowRankUpdate(NamedTuple):
     """One adapter: `a` (rank, inputs), `b` (outputs, rank)."""
 
     a: Tensor
@@ -57,12 +57,12 @@ def active(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def terms(module: Any) -> list[LowRank]:
+def terms(module: Any) -> list[LowRankUpdate]:
     """The low-rank terms of a module's active adapters."""
     if not is_lora(module):
         return []
     return [
-        LowRank(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
+        LowRankUpdate(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
         for name in active(module)
     ]
 
