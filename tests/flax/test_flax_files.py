@@ -164,7 +164,7 @@ def test_unknown_and_missing_names_raise(tmp_path: Path) -> None:
     model = flax_model(NAME)
     state = model.hub_state_dict() | {"transformer.wte.weigth": np.zeros(3, np.float32)}
     with pytest.raises(
-        UnexpectedKeys, match=r"transformer\.wte\.weigth, which is no name .* nearest is transf"
+        UnexpectedKeys, match=r"transformer\.wte\.weigth, which is no parameter .* nearest is transf"
     ):
         model.params_from_hub(state)
     del state["transformer.wte.weigth"], state["transformer.wpe.weight"]

@@ -143,7 +143,7 @@ def test_processors_with_cur_len() -> None:
         assert (new % 2 == 0).all() and (new[:, 1] == 20).all()
     assert own.lengths == [7, 8, 9] * 2
     assert float(both(ids, jnp.zeros((2, 89)), 8)[0].argmax()) == 20
-    with pytest.raises(NotImplementedError, match="FlaxLogitsProcessor does not say"):
+    with pytest.raises(NotImplementedError, match="FlaxLogitsProcessor does not define"):
         monoblock.FlaxLogitsProcessor()(ids, jnp.zeros((2, 89)), 7)
 
 

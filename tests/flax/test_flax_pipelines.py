@@ -25,7 +25,7 @@ class TestPipelines(PipelinesContract):
     framework, prefix = "flax", "Flax"
     dtypes: ClassVar = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
     devices, cpu = (None, -1, 0, "cpu", "cpu:0", CPU), CPU
-    invalid: ClassVar = {"holds its params": {"model_kwargs": {"_do_init": False}}}
+    invalid: ClassVar = {"needs a model with params": {"model_kwargs": {"_do_init": False}}}
 
     def weight_dtypes(self, model: Any) -> set[Any]:
         assert model.dtype == jnp.bfloat16
@@ -67,5 +67,5 @@ class TestPipelines(PipelinesContract):
 
     def test_model_without_params_raises(self, classifier: str) -> None:
         model = monoblock.FlaxMPNetModel(monoblock.MPNetConfig(**fields("mpnet")), _do_init=False)
-        with pytest.raises(ValueError, match="holds its params"):
+        with pytest.raises(ValueError, match="needs a model with params"):
             pipeline(model=model, tokenizer=classifier)

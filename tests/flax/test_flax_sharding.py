@@ -196,14 +196,14 @@ def test_shard_moves_params_to_the_mesh() -> None:
 def test_meshes_without_the_axis_raise() -> None:
     model = tiny("FlaxMistralForCausalLM")
     with pytest.raises(
-        ValueError, match=r"no axis 'tensor' \(it has 'data'\): name one with tensor_axis= or None"
+        ValueError, match=r"no axis 'tensor' \(it has 'data'\): give tensor_axis= one of these or None"
     ):
         model.partition_specs(mesh("data"))
-    with pytest.raises(ValueError, match=r"no axis 'data' \(it has 'x', 'y'\): name one with data_axis="):
+    with pytest.raises(ValueError, match=r"no axis 'data' \(it has 'x', 'y'\): give data_axis="):
         model.shard_batch(batch(), mesh("x", "y"))
     with pytest.raises(ValueError, match="shard_batch needs a mesh axis for the rows"):
         model.shard_batch(batch(), mesh("x"), data_axis=None)
-    with pytest.raises(ValueError, match="'x' is in tensor_axis and in fsdp_axis"):
+    with pytest.raises(ValueError, match="'x' is in both tensor_axis and fsdp_axis"):
         model.partition_specs(mesh("x", "y"), tensor_axis=("y", "x"), fsdp_axis="x")
     with pytest.raises(ValueError, match="names an axis twice"):
         model.partition_specs(mesh("x"), tensor_axis=("x", "x"))
