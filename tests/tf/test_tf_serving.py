@@ -89,7 +89,7 @@ def test_signatures(tmp_path: Path) -> None:
     assert list(saved.signatures) == ["best"]
     found = saved.signatures["best"](input_ids=tf.constant(IDS))["label"]
     np.testing.assert_array_equal(found, np.argmax(ours(IDS).logits, -1))
-    with pytest.raises(ValueError, match="say saved_model=True"):
+    with pytest.raises(ValueError, match="need saved_model=True"):
         ours.save_pretrained(tmp_path, signatures={"best": best})
     assert set(ours.input_signature) == {"input_ids", "attention_mask"}
     assert_close(
@@ -185,7 +185,7 @@ def test_metric_callback_of_spans_and_generated_tokens() -> None:
     assert logs == {"one": 1.0}
     with pytest.raises(ValueError, match="needs a batch_size"):
         monoblock.KerasMetricCallback(metric, {"input_ids": IDS})
-    with pytest.raises(ValueError, match="say which of input_ids they are"):
+    with pytest.raises(ValueError, match="name which of input_ids they are"):
         monoblock.KerasMetricCallback(metric, {"input_ids": IDS}, batch_size=2)
     own = monoblock.KerasMetricCallback(lambda _: 3, data)
     own.set_model(text)

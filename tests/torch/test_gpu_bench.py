@@ -42,7 +42,7 @@ def test_check(gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_bytes_of_a_token(gpu: Any) -> None:
     """A tied embedding is read whole, as the head; of an untied one, a row is not counted."""
     for name in gpu.MODELS:
-        model = gpu.made(name, gpu.CHECK)
+        model = gpu.random_model(name, gpu.CHECK)
         assert model.dtype == torch.bfloat16
         embed = model.get_input_embeddings().weight.numel()
         numbers = model.num_parameters() - (0 if model.tied() else embed)
@@ -52,5 +52,5 @@ def test_bytes_of_a_token(gpu: Any) -> None:
 def test_without_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    with pytest.raises(SystemExit, match="measures a CUDA GPU, and none is here"):
+    with pytest.raises(SystemExit, match="needs a CUDA GPU, and there is none"):
         gpu.main()
