@@ -25,7 +25,7 @@ class TestDecoding(DecodingContract):
     output = "TFGreedySearchDecoderOnlyOutput"
     reasons: ClassVar = {
         "cache_implementation": "the caches of the TF classes are 'dynamic' and 'static'",
-        "compile_config": "jit_compile= and disable_compile= say what TensorFlow compiles",
+        "compile_config": "jit_compile= and disable_compile= control compilation in TensorFlow",
         "synced_gpus": "generation across processes is not implemented",
     }
     invalid: ClassVar = [

@@ -267,8 +267,8 @@ class TestGeneration(GenerationContract):
                 {"num_beams": 2},
                 "num_beams: inside a tf.function this needs a static number of rows",
             ),
-            (fixed, {"use_cache": False}, "is one graph, and this call needs Python between two tokens"),
-            (fixed, {"logits_processor": [lambda ids, scores: scores]}, "needs Python between two tokens"),
+            (fixed, {"use_cache": False}, "is one graph, and this call needs Python between tokens"),
+            (fixed, {"logits_processor": [lambda ids, scores: scores]}, "needs Python between tokens"),
             (fixed, {"max_new_tokens": 62}, "62 new tokens do not fit: the model has 64 learned positions"),
         ]
         for spec, options, message in wrong:

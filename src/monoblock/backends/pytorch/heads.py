@@ -50,10 +50,10 @@ class ClassifierHead(Part):
 class SummaryHead(Part):
     """One vector a row, (b, labels) or (b, w): of the position asked for (the last one by default), projected."""
 
-    how: Summary
+    settings: Summary
 
     def forward(self, hidden_bsw: Tensor, positions: Tensor | None = None) -> Tensor:
-        summary = self.how
+        summary = self.settings
         if summary.pool == "mean":
             x = hidden_bsw.mean(dim=1)
         elif summary.pool == "cls_index" and positions is not None:

@@ -128,7 +128,7 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         """Set a part's options."""
         part.prepare(self.spec, layer)
         if isinstance(part, heads.SummaryHead) and self.head_spec is not None and self.head_spec.summary:
-            part.how = self.head_spec.summary
+            part.settings = self.head_spec.summary
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if "row" in vars(type(self)):

@@ -68,10 +68,10 @@ class ClassifierHead(Part):
 class SummaryHead(Part):
     """(b, labels) or (b, w): the projected hidden state of one position per row, by default the last."""
 
-    summary: Summary
+    settings: Summary  # `summary` is the name of the projection
 
     def call(self, hidden_bsw: Tensor, positions: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
-        summary = self.summary
+        summary = self.settings
         if summary.pool == "mean":
             x = tf.reduce_mean(hidden_bsw, axis=1)
         elif summary.pool == "cls_index" and positions is not None:

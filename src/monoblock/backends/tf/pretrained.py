@@ -87,7 +87,7 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
             else:
                 builder.add(self, name, children[name], {})
         if self.has("summary") and self.head_spec is not None and self.head_spec.summary is not None:
-            self.role("summary").summary = self.head_spec.summary
+            self.role("summary").settings = self.head_spec.summary
 
     @property
     def base_model(self) -> MainLayer:
