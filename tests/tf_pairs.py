@@ -63,7 +63,7 @@ def file_gradients(model: Any, gradients: list[Any]) -> dict[str, np.ndarray]:
     gradient."""
     found = {id(v): g for v, g in zip(model.trainable_variables, gradients, strict=True) if g is not None}
     return {
-        name: slot.laid(tf.convert_to_tensor(found[id(slot.variable)]).numpy())
+        name: slot.convert(tf.convert_to_tensor(found[id(slot.variable)]).numpy())
         for name, slot in model.stored_variables().items()
         if id(slot.variable) in found
     }

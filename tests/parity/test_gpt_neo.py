@@ -81,7 +81,7 @@ def test_intermediate_size(inner: int | None) -> None:
 def test_attention_types_must_match_num_layers() -> None:
     with pytest.raises(ValueError, match="names 4 layers, but num_layers is 3: expected one of global and"):
         GPTNeoConfig(**fields("gpt_neo", attention_types=[[["global", "local"], 2]], num_layers=3)).to_spec()
-    with pytest.raises(ValueError, match="each global or local"):
+    with pytest.raises(ValueError, match="expected one of global and local for each layer"):
         GPTNeoConfig(attention_types=[[["global", "sparse"], 12]]).to_spec()
 
 

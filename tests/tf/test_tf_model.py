@@ -394,5 +394,5 @@ def test_layer_names() -> None:
 
 
 def test_tf_legacy_loss_raises() -> None:
-    with pytest.raises(UnsupportedConfig, match="tf_legacy_loss=True: losses are a mean"):
+    with pytest.raises(UnsupportedConfig, match="tf_legacy_loss=True: not supported, losses are a mean"):
         monoblock.TFMPNetForTokenClassification(monoblock.MPNetConfig(tf_legacy_loss=True))

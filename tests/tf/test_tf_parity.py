@@ -159,4 +159,4 @@ def test_blocks_of_queries(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         for what, run in runs.items():
             logits, found = run(*(tf.constant(x) for x in arrays))
             close(f"{name} in blocks, {what}", logits, expected.logits, 5e-5, mask)
-            assert_close(f"{name} in blocks, {what}: gradient", slot.laid(found.numpy()), gradient, 5e-5)
+            assert_close(f"{name} in blocks, {what}: gradient", slot.convert(found.numpy()), gradient, 5e-5)
