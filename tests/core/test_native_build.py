@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,15 @@ def test_a_build_without_openmp_is_reported_and_used_for_one_thread(
     monkeypatch.setattr(native, "_opened", lambda: found)
     assert native.library() is native.preferred(1) is library
     assert native.preferred(2) is (library if openmp else None)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("small_interface")
+def test_kernels_load_beside_a_stand_in_for_pytorch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module without a spec names no file, so its OpenMP runtime cannot be looked for."""
+    build.build(folder)
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    assert native.choose("base")[1] == "base"
 
 
 def test_no_kernels_are_preferred_if_none_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,12 @@ def _open_openmp_runtime() -> None:
 
     Both then share one thread pool, in either order of loading, and the kernels load on systems without libgomp.
     """
-    spec = importlib.util.find_spec("torch") if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return
+    try:
+        spec = importlib.util.find_spec("torch")
+    except ValueError:  # a stand-in for PyTorch in sys.modules, which names no file
+        return
     if spec is not None and spec.origin:
         for path in sorted(Path(spec.origin).parent.glob("lib/libgomp*.so*")):
             with suppress(OSError):
