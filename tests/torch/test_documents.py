@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PAD, has_compiler, model, whole_graph
+from helpers import PAD, has_compiler, model
 from measure import assert_close
 from tiny_families import CLASSES, fields, logits_of, monoblock_model, transformers_model
 from torch import Tensor
@@ -146,7 +146,6 @@ def test_rows_and_padding(family: str) -> None:
         assert_close(f"{family} packed, padded", found, expected, ATOL, mask)
 
 
-@whole_graph
 @pytest.mark.parametrize("separator", ["positions", "lengths", "segment ids", "boolean mask"])
 @pytest.mark.parametrize("family", NAMES)
 @torch.no_grad()

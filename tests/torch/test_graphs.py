@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import batch, model, whole_graph
+from helpers import batch, model, traced_by_213
 from measure import assert_close
 from mpt_cases import CASES, LENGTHS, mpt_model
 from tiny_families import CLASSES as FAMILY_OF
@@ -501,7 +501,7 @@ def test_a_step_on_the_meta_device(name: str, table: None) -> None:
     assert scores.is_meta
 
 
-@whole_graph
+@traced_by_213
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "mpt, all at once"])
 def test_a_step_is_one_graph(name: str) -> None:
     """torch.compile finds no graph break."""

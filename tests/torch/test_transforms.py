@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PAD, has_compiler, model
+from helpers import PAD, has_compiler, model, traced_by_213
 from measure import assert_close, rounding
 from tiny_families import CLASSES, fields, monoblock_model, with_images
 from torch import Tensor, nn
@@ -129,6 +129,7 @@ def test_compiled_checkpoints(family: str) -> None:
         assert_close("compiled gradients", found[name], value, 1e-5)
 
 
+@traced_by_213
 @pytest.mark.parametrize("family", NAMES)
 @torch.no_grad()
 def test_export(family: str) -> None:
@@ -192,7 +193,7 @@ def image_bound(ids: Tensor, mask: Tensor, patches: Any, indices: Tensor | None)
 
 
 @pytest.mark.parametrize("indexed", [True, False], ids=["by index", "in order"])
-@pytest.mark.parametrize("mode", ["compile", "export"])
+@pytest.mark.parametrize("mode", ["compile", pytest.param("export", marks=traced_by_213)])
 @torch.no_grad()
 def test_image_patches(mode: str, indexed: bool) -> None:
     """As a whole graph: nothing is read to see where patches go. One row has none."""
