@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import batch, model, same
+from helpers import batch, model, same, traced_by_213
 from measure import assert_close
 from mpt_cases import LENGTHS, mpt_model
 from test_families_cache import MPT, prompts
@@ -240,6 +240,7 @@ def test_models_use_the_kernels(case: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @native_only
 @torch.no_grad()
+@traced_by_213
 def test_exported_programs_need_no_kernels() -> None:
     """Exported programs contain PyTorch's operators only."""
     module = model("MptModel", n_layers=1)
