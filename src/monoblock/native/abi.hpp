@@ -6,10 +6,12 @@
 #include "attention.hpp"
 #include "decode_step.hpp"
 #include "matrix.hpp"
+#include "packed_forward.hpp"
 
 namespace abi {
 
 using namespace decode;
+using namespace packed;
 using namespace prompt;
 
 // Offset and size in bytes of a structure ("Matrix", offset 0) or of one of its fields ("Matrix.data").
@@ -28,6 +30,7 @@ constexpr LayoutEntry LAYOUT[] = {
     STRUCT(AttentionCall), FIELD(AttentionCall, q), FIELD(AttentionCall, k), FIELD(AttentionCall, v),
         FIELD(AttentionCall, out), FIELD(AttentionCall, q_strides), FIELD(AttentionCall, k_strides),
         FIELD(AttentionCall, v_strides), FIELD(AttentionCall, out_strides), FIELD(AttentionCall, alibi_slopes),
+        FIELD(AttentionCall, relative), FIELD(AttentionCall, relative_stride), FIELD(AttentionCall, relative_center),
         FIELD(AttentionCall, valid), FIELD(AttentionCall, segments), FIELD(AttentionCall, valid_stride),
         FIELD(AttentionCall, segments_stride), FIELD(AttentionCall, batch), FIELD(AttentionCall, heads),
         FIELD(AttentionCall, kv_heads), FIELD(AttentionCall, queries), FIELD(AttentionCall, keys),
@@ -72,6 +75,11 @@ constexpr LayoutEntry LAYOUT[] = {
         FIELD(DecodeStep, scratch_bytes), FIELD(DecodeStep, rows), FIELD(DecodeStep, tokens), FIELD(DecodeStep, past),
         FIELD(DecodeStep, position_stride), FIELD(DecodeStep, valid_stride), FIELD(DecodeStep, threads),
         FIELD(DecodeStep, cache_bf16),
+    STRUCT(PackedForward), FIELD(PackedForward, ids), FIELD(PackedForward, type_ids), FIELD(PackedForward, positions),
+        FIELD(PackedForward, starts), FIELD(PackedForward, relative), FIELD(PackedForward, out),
+        FIELD(PackedForward, scratch), FIELD(PackedForward, scratch_bytes), FIELD(PackedForward, sequences),
+        FIELD(PackedForward, relative_stride), FIELD(PackedForward, relative_center), FIELD(PackedForward, causal),
+        FIELD(PackedForward, threads),
     {nullptr, 0, 0},
 };
 

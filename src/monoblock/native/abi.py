@@ -57,9 +57,9 @@ class AttentionCall(Structure):
     _fields_ = _fields(
         (c_void_p, "q k v out"),
         (Strides, "q_strides k_strides v_strides out_strides"),
-        (c_void_p, "alibi_slopes valid segments"),
+        (c_void_p, "alibi_slopes relative valid segments"),
         (c_int64, "valid_stride segments_stride"),
-        (c_int64, "batch heads kv_heads queries keys head_dim window"),
+        (c_int64, "batch heads kv_heads queries keys head_dim window relative_stride relative_center"),
         (c_float, "scale softcap"),
         (c_int32, "bf16 causal threads"),
     )
@@ -165,6 +165,16 @@ class DecodeStep(Structure):
     )
 
 
+class PackedForward(Structure):
+    """`PackedForward` of packed_forward.hpp, the argument of `mb_forward`."""
+
+    _fields_ = _fields(
+        (c_void_p, "ids type_ids positions starts relative out scratch"),
+        (c_int64, "scratch_bytes sequences relative_stride relative_center"),
+        (c_int32, "causal threads"),
+    )
+
+
 # ---------------------------------------------------------------------------- the layout
 
 
@@ -177,7 +187,7 @@ class LayoutEntry(Structure):
 # Every structure that Python and the library share.
 STRUCTURES: tuple[type[Structure], ...] = (
     *(Matrix, AttentionCall, NormCall, RopeCall, ActivationCall),
-    *(NormWeights, LowRank, Adapters, LayerWeights, ModelWeights, LayerCache, DecodeStep),
+    *(NormWeights, LowRank, Adapters, LayerWeights, ModelWeights, LayerCache, DecodeStep, PackedForward),
 )
 
 
@@ -238,6 +248,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mb_rope": (c_int, (POINTER(RopeCall),)),
     "mb_activate": (c_int, (POINTER(ActivationCall),)),
     "mb_step": (c_int64, (POINTER(ModelWeights), POINTER(DecodeStep))),
+    "mb_forward": (c_int64, (POINTER(ModelWeights), POINTER(PackedForward))),
 }
 
 

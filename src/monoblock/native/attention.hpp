@@ -22,11 +22,15 @@ struct AttentionCall {
   void* out;
   int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];
   const float* alibi_slopes;  // (heads,) or null
+  const float* relative;      // (heads, relative_stride), biases by distance, or null; see below
   const uint8_t* valid;       // (batch, keys), 0 for padding, or null
   const int32_t* segments;    // (batch, keys), document ids: a query attends to keys of its own document; or null
   int64_t valid_stride, segments_stride;
   int64_t batch, heads, kv_heads, queries, keys, head_dim;
   int64_t window;        // 0: none
+  // The bias of head h for a key `d` positions after the query (or before, d < 0) is relative[h][relative_center + d]. Rows
+  // are readable for LANES elements more than the distances need.
+  int64_t relative_stride, relative_center;
   float scale, softcap;  // softcap 0: none
   int32_t bf16, causal, threads;
 };
@@ -130,14 +134,18 @@ struct ScoreRow {
   int unmasked_from, unmasked_to;  // the range left by the causal mask, the window and the end of the sequence
 };
 
-inline void mask_scores(const ScoreRow& row, const AttentionCall& a, float slope, const uint8_t* valid,
-                        const int32_t* segments) {
+inline void mask_scores(const ScoreRow& row, const AttentionCall& a, float slope, const float* relative,
+                        const uint8_t* valid, const int32_t* segments) {
   const float scale = (a.softcap ? 1.0f : a.scale) * LOG2E, ramp = slope * LOG2E;
   for (int c = 0; c < row.count; c += LANES) {
     Floats s = load<Floats>(row.scores + c);
     if (a.softcap) s = a.softcap * tanh(s * (a.scale / a.softcap));
-    const Floats distance = float(row.first + c - row.position) + iota();
-    store(row.scores + c, s * scale + distance * ramp);
+    const int64_t distance = row.first + c - row.position;
+    if (relative)
+      s = s * scale + load<Floats>(relative + distance) * LOG2E;
+    else
+      s = s * scale + (float(distance) + iota()) * ramp;
+    store(row.scores + c, s);
   }
   for (int c = 0; c < row.unmasked_from; ++c) row.scores[c] = MASKED;
   for (int c = row.unmasked_to; c < row.count; ++c) row.scores[c] = MASKED;
@@ -243,6 +251,7 @@ class Task {
       line.unmasked_to = std::max(line.unmasked_to, 0);
       line.unmasked_from = std::min(line.unmasked_from, line.unmasked_to);
       mask_scores(line, a, a.alibi_slopes ? a.alibi_slopes[head] : 0.0f,
+                  a.relative ? a.relative + head * a.relative_stride + a.relative_center : nullptr,
                   a.valid ? a.valid + b * a.valid_stride : nullptr,
                   a.segments ? a.segments + b * a.segments_stride : nullptr);
       factors[r] = exponentiate<Dot>(line, most[row + r], total[row + r]);

@@ -24,13 +24,9 @@ constexpr int64_t MAX_PREFETCH = 256 << 10;  // bytes prefetched at most, which 
 class Run {
  public:
   Run(const ModelWeights& model, const DecodeStep& step, Arena& arena)
-      : m(model), s(step), count(step.rows * step.tokens) {
-    qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim;
-    head_stride = m.qkv_by_head ? 3 * m.head_dim : m.head_dim;
-    k_start = m.qkv_by_head ? m.head_dim : m.heads * m.head_dim;
-    v_start = m.qkv_by_head ? 2 * m.head_dim : (m.heads + m.kv_heads) * m.head_dim;
+      : m(model), s(step), count(step.rows * step.tokens), layout(model) {
     h_stride = padded_stride(m.width), wide_stride = padded_stride(m.heads * m.head_dim);
-    qkv = arena.take<float>(count * qkv_size);
+    qkv = arena.take<float>(count * layout.size);
     x = arena.take<float>(count * m.width);
     y = arena.take<float>(count * m.width);
     inner = arena.take<float>(count * (inner_stride = padded_stride(m.mlp_width * (m.gated ? 2 : 1))));
@@ -69,8 +65,8 @@ class Run {
       const LayerWeights& layer = m.blocks[i];
       norm_input(m.pre_norm ? layer.norm1 : i ? m.blocks[i - 1].norm2 : none, own);
       own.next = first_weights(layer.out, thread);
-      linear(layer.qkv, layer.qkv_adapters, own.h, h_stride, qkv, qkv_size, own);
-      finish_qkv(layer, s.caches[i], own);
+      linear(layer.qkv, layer.qkv_adapters, own.h, h_stride, qkv, layout.size, own);
+      finish_tokens(layer, s.caches[i], own);
       s.cache_bf16 ? attend<uint16_t>(layer, s.caches[i], own) : attend<float>(layer, s.caches[i], own);
       gather_heads(own);
       own.next = first_weights(layer.up, thread, m.gated ? 2 : 1);
@@ -137,21 +133,9 @@ class Run {
   // Token, type and position embeddings; cos and sin for RoPE.
   void embed(Own& own) {
     phase(own, count, [&](int64_t t) {
-      float* to = x + t * m.width;
-      memset(to, 0, m.width * sizeof(float));
-      add_row(m.embed, s.ids[t], to);
-      if (s.type_ids) add_row(m.embed, s.type_ids[t], to);
       const int64_t position = position_of(t);
-      if (m.position_table)
-        typed(m.bf16, m.position_table, [&](auto* table) {
-          for (int64_t i = 0; i < m.width; ++i) to[i] += read1(table + position * m.width + i);
-        });
-      normed(m.embed_norm, m.bf16, to, m.width, to);
-      for (int32_t c = 0; c < m.rotary_dim / 2; ++c) {
-        const float angle = float(position) * m.inverse_frequencies[c];
-        cos[t * m.rotary_dim + c] = cosf(angle) * m.rotary_scale;
-        cos[t * m.rotary_dim + m.rotary_dim / 2 + c] = sinf(angle) * m.rotary_scale;
-      }
+      embed_token(m, s.ids[t], s.type_ids ? s.type_ids[t] : -1, position, x + t * m.width);
+      rope_angles(m, position, cos + t * m.rotary_dim);
     });
   }
 
@@ -298,50 +282,20 @@ class Run {
     });
   }
 
-  // Clips, norms and rotates queries and keys, and stores keys and values in the cache.
-  void finish_qkv(const LayerWeights& layer, const LayerCache& cache, Own& own) {
+  // Finishes queries and keys, and stores keys and values in the cache.
+  void finish_tokens(const LayerWeights& layer, const LayerCache& cache, Own& own) {
     phase(own, count, [&](int64_t t) {
-      float* row = qkv + t * qkv_size;
-      for (int64_t i = 0; m.clip != 0 && i < qkv_size; ++i) row[i] = std::min(std::max(row[i], -m.clip), m.clip);
-      finish_heads(layer.q_norm, t, row, m.heads, own);
-      finish_heads(layer.k_norm, t, row + k_start, m.kv_heads, own);
+      float* row = qkv + t * layout.size;
+      finish_qkv(m, layer, layout, row, cos + t * m.rotary_dim, own.wide);
       s.cache_bf16 ? store_kv<uint16_t>(cache, t, row) : store_kv<float>(cache, t, row);
     });
-  }
-
-  // Queries or keys of token t: norm (per head or over all heads), then RoPE.
-  void finish_heads(const NormWeights& norm, int64_t t, float* first, int64_t heads, Own& own) const {
-    if (norm.kind && !m.qk_norm_by_head) norm_together(norm, first, heads, own.wide);
-    for (int64_t h = 0; h < heads; ++h) {
-      float* head = first + h * head_stride;
-      if (m.qk_norm_by_head) normed(norm, m.bf16, head, m.head_dim, head);
-      apply_rope(head, cos + t * m.rotary_dim);
-    }
-  }
-
-  // One norm over all heads, which may not be adjacent; `together` is scratch for all of them.
-  void norm_together(const NormWeights& norm, float* first, int64_t heads, float* together) const {
-    const int64_t dim = m.head_dim;
-    if (head_stride == dim) return normed(norm, m.bf16, first, heads * dim, first);
-    for (int64_t h = 0; h < heads; ++h) memcpy(together + h * dim, first + h * head_stride, dim * sizeof(float));
-    normed(norm, m.bf16, together, heads * dim, together);
-    for (int64_t h = 0; h < heads; ++h) memcpy(first + h * head_stride, together + h * dim, dim * sizeof(float));
-  }
-
-  void apply_rope(float* head, const float* angles) const {
-    const int32_t half = m.rotary_dim / 2;
-    for (int32_t c = 0; c < half; ++c) {
-      const float a = head[c], b = head[c + half];
-      head[c] = a * angles[c] - b * angles[half + c];
-      head[c + half] = b * angles[c] + a * angles[half + c];
-    }
   }
 
   template <class T>
   void store_kv(const LayerCache& cache, int64_t t, const float* qkv_row) const {
     const int64_t row = t / s.tokens, index = cache.index + t % s.tokens;
     for (int64_t g = 0; g < m.kv_heads; ++g) {
-      const float *keys = qkv_row + k_start + g * head_stride, *values = qkv_row + v_start + g * head_stride;
+      const float *keys = qkv_row + layout.keys + g * layout.stride, *values = qkv_row + layout.values + g * layout.stride;
       const int64_t *k = cache.key_strides, *v = cache.value_strides;
       T* key = (T*)cache.keys + row * k[0] + g * k[1] + index * k[2];
       T* value = (T*)cache.values + row * v[0] + g * v[1] + index * v[2];
@@ -358,7 +312,7 @@ class Run {
       const int64_t row = task / key_chunks / m.kv_heads, g = task / key_chunks % m.kv_heads;
       const int64_t first = oldest + task % key_chunks * each;
       for (int64_t i = 0; i < queries(); ++i) {
-        const float* from = qkv + (row * s.tokens + i / shared) * qkv_size + (g * shared + i % shared) * head_stride;
+        const float* from = qkv + (row * s.tokens + i / shared) * layout.size + (g * shared + i % shared) * layout.stride;
         for (int64_t c = 0; c < padded(); ++c) own.query[i * padded() + c] = c < m.head_dim ? from[c] * m.scale : 0;
       }
       const int64_t *k = cache.key_strides, *v = cache.value_strides;
@@ -394,7 +348,7 @@ class Run {
   const ModelWeights& m;
   const DecodeStep& s;
   const int64_t count;  // tokens of all rows
-  int64_t qkv_size, head_stride, k_start, v_start;  // a row of qkv: size, stride of heads, offsets of keys and values
+  const HeadLayout layout;
   int64_t h_stride, wide_stride, inner_stride, key_chunks, part_size;
   int64_t ranks;  // the largest total rank of a matrix's adapters
   float *qkv, *x, *y, *inner, *cos, *parts, *low;

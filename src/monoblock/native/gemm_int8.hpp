@@ -32,28 +32,6 @@ struct PackedPanel {
   }
 };
 
-// In-register transpose of 16 x 16 words: off-diagonal blocks are exchanged, of 8 x 8 words, then 4 x 4, and so on.
-INLINE void transpose(Words (&v)[SIDE]) {
-  typedef Words W;
-#define CROSS(D, LOW, HIGH)                                              \
-  UNROLL for (int i = 0; i < SIDE; ++i) if (!(i & D)) {                  \
-    const W a = v[i], b = v[i + D];                                      \
-    v[i] = __builtin_shufflevector(a, b, LOW);                           \
-    v[i + D] = __builtin_shufflevector(a, b, HIGH);                      \
-  }
-#define LIST(...) __VA_ARGS__
-  CROSS(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-        LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-  CROSS(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-        LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
-  CROSS(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-        LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
-  CROSS(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-        LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
-#undef CROSS
-#undef LIST
-}
-
 // Packs the rows [first, first + PANEL) of the matrix; the last row stands in for rows beyond its end.
 inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
   const int64_t padded = round_up(m.inputs, RUN), groups = padded / m.group;
@@ -143,10 +121,9 @@ inline void multiply_panel(const Matrix& m, const PackedPanel& w, int64_t first,
   }
 }
 
-// Outputs [first, first + PANEL) of all rows.
-inline void int8_panel(const Matrix& m, const PackedPanel& w, int64_t first, const Prepared& p, int64_t rows, void* y,
-                     int32_t y_format, int64_t ldy) {
-  pack_panel(m, first, w);
+// Outputs [first, first + PANEL) of all rows, for a packed panel.
+inline void packed_rows(const Matrix& m, const PackedPanel& w, int64_t first, const Prepared& p, int64_t rows, void* y,
+                        int32_t y_format, int64_t ldy) {
   int64_t row = 0;
   char* to = (char*)y;
   for (; row + TOKENS <= rows; row += TOKENS) multiply_panel<TOKENS>(m, w, first, p, row, to, y_format, ldy);
@@ -157,6 +134,13 @@ inline void int8_panel(const Matrix& m, const PackedPanel& w, int64_t first, con
     case 2: return multiply_panel<2>(m, w, first, p, row, to, y_format, ldy);
     case 1: return multiply_panel<1>(m, w, first, p, row, to, y_format, ldy);
   }
+}
+
+// The same, after packing the panel.
+inline void int8_panel(const Matrix& m, const PackedPanel& w, int64_t first, const Prepared& p, int64_t rows, void* y,
+                       int32_t y_format, int64_t ldy) {
+  pack_panel(m, first, w);
+  packed_rows(m, w, first, p, rows, y, y_format, ldy);
 }
 
 }  // namespace matrices

@@ -9,6 +9,7 @@
 #include "bandwidth.hpp"
 #include "decode_step.hpp"
 #include "matrix.hpp"
+#include "packed_forward.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -80,4 +81,9 @@ EXPORT int mb_activate(const prompt::ActivationCall* a) { return prompt::activat
 // One decode step; see decode_step.hpp.
 EXPORT int64_t mb_step(const decode::ModelWeights* model, const decode::DecodeStep* step) {
   return decode::step(*model, *step);
+}
+
+// A forward pass over sequences without padding; see packed_forward.hpp.
+EXPORT int64_t mb_forward(const decode::ModelWeights* model, const packed::PackedForward* call) {
+  return packed::forward(*model, *call);
 }

@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include <algorithm>
+
 #include "vector_math.hpp"
 #include "matrix.hpp"
 
@@ -162,6 +164,77 @@ inline void add_row(const Matrix& m, int64_t index, float* y) {
       y[i] += from_half(m.scale[group]) * code + from_half(m.low[group]);
     }
   }
+}
+
+// How the queries, keys and values of a token lie in its row of qkv.
+struct HeadLayout {
+  explicit HeadLayout(const ModelWeights& m)
+      : size((m.heads + 2 * m.kv_heads) * m.head_dim),
+        stride(m.qkv_by_head ? 3 * m.head_dim : m.head_dim),
+        keys(m.qkv_by_head ? m.head_dim : m.heads * m.head_dim),
+        values(m.qkv_by_head ? 2 * m.head_dim : (m.heads + m.kv_heads) * m.head_dim) {}
+  const int64_t size, stride;  // of the row, and from one head to the next
+  const int64_t keys, values;  // offsets of the first head's key and value
+};
+
+// cos and sin of RoPE for a position: (2, rotary_dim / 2).
+inline void rope_angles(const ModelWeights& m, int64_t position, float* to) {
+  const int32_t half = m.rotary_dim / 2;
+  for (int32_t c = 0; c < half; ++c) {
+    const float angle = float(position) * m.inverse_frequencies[c];
+    to[c] = cosf(angle) * m.rotary_scale;
+    to[half + c] = sinf(angle) * m.rotary_scale;
+  }
+}
+
+inline void apply_rope(const ModelWeights& m, float* head, const float* angles) {
+  const int32_t half = m.rotary_dim / 2;
+  for (int32_t c = 0; c < half; ++c) {
+    const float a = head[c], b = head[c + half];
+    head[c] = a * angles[c] - b * angles[half + c];
+    head[c + half] = b * angles[c] + a * angles[half + c];
+  }
+}
+
+// One norm over all heads, which may not be adjacent; `together` is scratch for all of them.
+inline void norm_together(const ModelWeights& m, const NormWeights& norm, float* first, int64_t stride, int64_t heads,
+                          float* together) {
+  const int64_t dim = m.head_dim;
+  if (stride == dim) return normed(norm, m.bf16, first, heads * dim, first);
+  for (int64_t h = 0; h < heads; ++h) memcpy(together + h * dim, first + h * stride, dim * sizeof(float));
+  normed(norm, m.bf16, together, heads * dim, together);
+  for (int64_t h = 0; h < heads; ++h) memcpy(first + h * stride, together + h * dim, dim * sizeof(float));
+}
+
+// Queries or keys of a token: norm (per head or over all heads), then RoPE.
+inline void finish_heads(const ModelWeights& m, const NormWeights& norm, float* first, int64_t stride, int64_t heads,
+                         const float* angles, float* together) {
+  if (norm.kind && !m.qk_norm_by_head) norm_together(m, norm, first, stride, heads, together);
+  for (int64_t h = 0; h < heads; ++h) {
+    float* head = first + h * stride;
+    if (m.qk_norm_by_head) normed(norm, m.bf16, head, m.head_dim, head);
+    apply_rope(m, head, angles);
+  }
+}
+
+// Clips, norms and rotates the queries and keys of a token's row of qkv.
+inline void finish_qkv(const ModelWeights& m, const LayerWeights& layer, const HeadLayout& layout, float* row,
+                       const float* angles, float* together) {
+  for (int64_t i = 0; m.clip != 0 && i < layout.size; ++i) row[i] = std::min(std::max(row[i], -m.clip), m.clip);
+  finish_heads(m, layer.q_norm, row, layout.stride, m.heads, angles, together);
+  finish_heads(m, layer.k_norm, row + layout.keys, layout.stride, m.kv_heads, angles, together);
+}
+
+// The embedding of a token: its id, type id (if not negative) and position; normed.
+inline void embed_token(const ModelWeights& m, int64_t id, int64_t type, int64_t position, float* to) {
+  memset(to, 0, m.width * sizeof(float));
+  add_row(m.embed, id, to);
+  if (type >= 0) add_row(m.embed, type, to);
+  if (m.position_table)
+    typed(m.bf16, m.position_table, [&](auto* table) {
+      for (int64_t i = 0; i < m.width; ++i) to[i] += read1(table + position * m.width + i);
+    });
+  normed(m.embed_norm, m.bf16, to, m.width, to);
 }
 
 }  // namespace decode

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 #if defined(__AVX512VNNI__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -73,6 +75,22 @@ INLINE float sum(Floats v) {
   for (int half = LANES / 8; half; half /= 2)
     for (int i = 0; i < half; ++i) four[i] += four[i + half];
   return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
+}
+
+// One step of an in-register transpose: a and b, rows D apart, exchange their off-diagonal blocks of D x D lanes.
+template <int D, class Vector, size_t... L>
+INLINE void exchange(Vector& a, Vector& b, std::index_sequence<L...>) {
+  const Vector low = __builtin_shufflevector(a, b, (L & D ? LANES + L - D : L)...);
+  b = __builtin_shufflevector(a, b, (L & D ? LANES + L : L + D)...);
+  a = low;
+}
+
+// Transposes LANES x LANES elements of 32 bits: blocks of half the size are exchanged, then of a quarter, and so on.
+template <int D = LANES / 2, class Vector>
+INLINE void transpose(Vector (&v)[LANES]) {
+  UNROLL for (int i = 0; i < LANES; ++i)
+    if (!(i & D)) exchange<D>(v[i], v[i + D], std::make_index_sequence<LANES>());
+  if constexpr (D > 1) transpose<D / 2>(v);
 }
 
 INLINE Floats largest(Floats a, Floats b) { return a > b ? a : b; }

@@ -25,7 +25,15 @@ from torch.utils.checkpoint import checkpoint
 from monoblock.backends.pytorch.cache import Cache
 from monoblock.backends.pytorch.kernels import attention, dispatch, linear, native_ops
 from monoblock.backends.pytorch.layers import Activation
-from monoblock.backends.pytorch.ops import ACT, Kernel, Scope, relative_position_bucket, rotate, rotations
+from monoblock.backends.pytorch.ops import (
+    ACT,
+    Kernel,
+    RelativeBias,
+    Scope,
+    relative_position_bucket,
+    rotate,
+    rotations,
+)
 from monoblock.backends.pytorch.parts import Part
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Rotary
@@ -347,12 +355,11 @@ def _checkpointed(
         return checkpoint(layer, x, context, **how)
 
 
-def _relative(part: Any, spec: ArchSpec, index_k: Tensor) -> Callable[[Tensor], Tensor]:
-    """The bias (h, q, k) of distances (q, k) between keys and queries, from a table of all distances."""
+def _relative(part: Any, spec: ArchSpec, index_k: Tensor) -> RelativeBias:
+    """The bias of all distances between the keys."""
     buckets = spec.position(Buckets)
     assert buckets is not None
     table: nn.Module = part.role("rel_bias")
     keys = index_k.shape[0]
     distances = torch.arange(1 - keys, keys, device=index_k.device)
-    bias_nh = table(relative_position_bucket(distances, buckets.count, buckets.max_distance))
-    return lambda distance_qk: F.embedding(distance_qk + (keys - 1), bias_nh).permute(2, 0, 1)
+    return RelativeBias(table(relative_position_bucket(distances, buckets.count, buckets.max_distance)))

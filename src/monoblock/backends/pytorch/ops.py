@@ -125,6 +125,18 @@ class Kernel:
     dropout: float = 0.0
 
 
+@dataclass(frozen=True)
+class RelativeBias:
+    """A bias for each distance (key - query) and head: `bias_nh` (2 * keys - 1, h), from distance 1 - keys on."""
+
+    bias_nh: Tensor
+
+    def __call__(self, distance_qk: Tensor) -> Tensor:
+        """(h, q, k), the biases of distances (q, k)."""
+        center = self.bias_nh.shape[0] // 2
+        return F.embedding(distance_qk + center, self.bias_nh).permute(2, 0, 1)
+
+
 @dataclass
 class Scope:
     """The attention mask and biases, from indices: `valid_k & (k <= q or not causal) & (q - k < window)`.
@@ -146,7 +158,7 @@ class Scope:
     segment_bk: Tensor | None = None
     given: Tensor | None = None
     slopes_h: Tensor | None = None
-    relative: Callable[[Tensor], Tensor] | None = None
+    relative: RelativeBias | None = None
     window: int | None = None
     masked_rows: str = "all"
     memo: dict[str, Any] = field(default_factory=dict)

@@ -7,22 +7,23 @@ adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from monoblock import native
 from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
-from monoblock.backends.pytorch.generation.native_weights import NativeWeights, common_dtype
-from monoblock.backends.pytorch.kernels import dispatch, low_rank
+from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.kernels.linear import FORMATS
-from monoblock.backends.pytorch.layers import Conv1D
-from monoblock.backends.pytorch.model import Attention
-from monoblock.backends.pytorch.parts import GROUPS, Part, fuse_weights
+from monoblock.backends.pytorch.native_weights import (
+    Inventory,
+    NativeWeights,
+    library_obstacle,
+    weights,
+    weights_obstacle,
+)
 from monoblock.native.abi import DecodeStep, LayerCache
 
 # Tokens of a step, all rows together; for more, the modules' large matrix products are faster.
@@ -32,116 +33,15 @@ MOST = 16
 # ---------------------------------------------------------------------------- obstacles
 
 
-class Inventory:
-    """A model's modules and tensors by name, listed once: traversing a deep model takes a millisecond."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.named_modules())
-
-    def fuse_groups(self) -> None:
-        """Put the matrices that kernels want as one side by side, as `fuse_weights` does."""
-        fuse_weights(module for _, module in self.modules)
-
-    def tensors(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
-        """Name, module and tensor of all parameters and buffers."""
-        for name, module in self.modules:
-            for table in (module._parameters, module._buffers):
-                for own, tensor in table.items():
-                    if tensor is not None:
-                        yield f"{name}.{own}" if name else own, module, tensor
-
-
 def obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None:
     """Why the library cannot run this model's steps; None if it can. `inventory`: after its `fuse_groups`."""
-    if native.library() is None:
-        return f"there are no native kernels ({native.status()})"
-    if native.preferred(torch.get_num_threads()) is None:
-        return f"PyTorch has {torch.get_num_threads()} threads and the native kernels one ({native.status()})"
-    if (device := model.device.type) != "cpu":
-        return f"device {device}"
+    if (why := library_obstacle(model)) is not None:
+        return why
     if (why := dispatch.spec_obstacle(model.spec)) is not None:
         return why
-    if "row" not in vars(type(model)) or not model.can_generate():
-        return f"{type(model).__name__} is a subclass, which may compute something else"
-    if (why := dispatch.setting_obstacle(model.device)) is not None:
-        return why
-    laid = inventory is not None
-    inventory = inventory or Inventory(model)
-    adaptable = set(_adaptable(model))
-    for name, module in inventory.modules:
-        kind = type(module)
-        if isinstance(module, _DROPS) and module.training and not model.training:
-            return f"dropout in training mode in {name}"
-        if low_rank.is_lora(module) and name in adaptable:
-            if (why := low_rank.obstacle(module) or dispatch.altered(module)) is not None:
-                return f"{why} in {name}"
-            continue
-        known = module is model or kind in _THEIRS or kind.__module__ in _OURS or "row" in vars(kind)
-        if (why := dispatch.module_obstacle(name, module, known=known)) is not None:
-            return why
-        if isinstance(module, Attention) and module.implementation != "sdpa":
-            return f"attn_implementation={module.implementation!r}"
-    for name, module in inventory.modules:
-        if isinstance(module, Part):
-            for group in GROUPS:
-                if not all(map(module.has, group)) or (laid and group[0] in module.fused_tensors):
-                    continue
-                if (why := module.fusion_obstacle(group, adapted=True)) is not None:
-                    return f"{name}: {why}"
-    embed = model.get_input_embeddings()
-    if isinstance(embed, nn.Embedding) and embed.max_norm is not None:
-        return "max_norm of the embedding"
-    dtype = common_dtype(model)
-    if dtype not in FORMATS:
-        return f"dtype {str(dtype).removeprefix('torch.')}"
-    for name, module, tensor in inventory.tensors():
-        if ".lora_" in name:
-            continue
-        if type(tensor) not in dispatch.ORDINARY or tensor.device.type != "cpu":
-            return f"{name} is not an ordinary tensor on the CPU"
-        transposed = type(module) is Conv1D and tensor.dim() == 2
-        if not (tensor.t() if transposed else tensor).is_contiguous():
-            return f"{name} is not contiguous"
-        if tensor.dtype != dtype and not name.endswith(_PACKED):
-            return f"{name} is {tensor.dtype} in a model of {dtype}"
-    return None
-
-
-# Modules that the library implements: these classes of PyTorch, and all classes of these files.
-_THEIRS = {
-    *(nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.Dropout, nn.Identity),
-    *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Tanh),
-}
-_OURS = {
-    f"monoblock.backends.pytorch.{name}"
-    for name in ("model", "heads", "layers", "kernels.linear", "quantization.modules")
-}
-# Modules that apply dropout in training mode.
-_DROPS = (nn.Dropout, Part)
-_PACKED = (".codes", ".scale", ".low")
-# Roles of the matrices whose LoRA adapters the library supports.
-_ADAPTABLE = ("qkv", "qkv_by_head", "q", "k", "v", "out", "gate", "up", "down")
-
-
-def _adaptable(model: ModelBase) -> Iterator[str]:
-    """The paths of the modules on which LoRA is supported."""
-    for role in _ADAPTABLE:
-        if role in model.module_paths:
-            yield from (model.module_path(role, i) for i in range(model.spec.layers))
-    yield model.module_path("head_out")
-
-
-# Each model's structures and the addresses they were built from: outside the model, so neither copied nor saved.
-_MADE: WeakKeyDictionary[nn.Module, tuple[list[Any], NativeWeights]] = WeakKeyDictionary()
-
-
-def _weights(model: ModelBase, inventory: Inventory, tensors: Sequence[Tensor]) -> NativeWeights:
-    addresses: list[Any] = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
-    addresses += [(term.a.data_ptr(), term.scale) for _, m in inventory.modules for term in low_rank.terms(m)]
-    made = _MADE.get(model)
-    if made is None or made[0] != addresses:
-        made = _MADE[model] = (addresses, NativeWeights(model))
-    return made[1]
+    if not model.can_generate():
+        return f"{type(model).__name__} does not generate"
+    return weights_obstacle(model, inventory)
 
 
 # ---------------------------------------------------------------------------- steps
@@ -167,7 +67,7 @@ def of(model: ModelBase, cache: Cache | None) -> Steps | None:
         return None
     # References to the tensors, so that the memory that the structures point to is not freed.
     tensors = [tensor.detach() for _, _, tensor in inventory.tensors()]
-    return Steps(_weights(model, inventory, tensors), tensors, cache)
+    return Steps(weights(model, inventory, tensors), tensors, cache)
 
 
 class Steps:

@@ -41,8 +41,9 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
             return fill_fully_masked(out, v_bgkd, scope)
     if q_bhqd.shape[2] == 1 and kernel.softcap is None:
         return _one_query(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
-    ordinary = scope.in_order and scope.relative is None and scope.given is None and not kernel.dropout
-    if ordinary and native_ops.usable(q_bhqd, k_bgkd, v_bgkd):
+    ordinary = scope.in_order and scope.given is None and not kernel.dropout
+    biased = scope.relative is not None and not dispatch.native(scope.relative.bias_nh)
+    if ordinary and not biased and native_ops.usable(q_bhqd, k_bgkd, v_bgkd):
         out = _native(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
         return out if scope.masked_rows == "all" else fill_fully_masked(out, v_bgkd, scope)
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
@@ -115,6 +116,7 @@ def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel
         scope.slopes_h,
         scope.valid_bk,
         segments,
+        None if scope.relative is None else scope.relative.bias_nh,
         kernel.scale,
         kernel.softcap or 0.0,
         scope.causal,

@@ -53,6 +53,7 @@ def attention(
     slopes: Tensor | None,
     valid: Tensor | None,
     segments: Tensor | None,
+    relative: Tensor | None,
     scale: float,
     softcap: float,
     causal: bool,
@@ -61,14 +62,15 @@ def attention(
     """Attention (b, q, h, d) of queries (b, h, q, d), the last of the keys (b, g, k, d), without a scores array.
 
     `slopes` (h,) are ALiBi's, float32; `valid` (b, k) is False for padding; a query attends to keys of its own document
-    in `segments` (b, k), int32; `softcap` and `window` are 0 for none. The output of a fully masked query is the mean
-    of all values.
+    in `segments` (b, k), int32; `relative` (2 r + 1, h) has a bias for each distance key - query from -r to r;
+    `softcap` and `window` are 0 for none. The output of a fully masked query is the mean of all values.
     """
     q, k, v = _dense(q), _dense(k), _dense(v)
     b, h, queries, d = q.shape
     out = q.new_empty(b, queries, h, d)
     slopes = None if slopes is None else slopes.float().contiguous()
     valid, segments = (None if x is None else _dense(x) for x in (valid, segments))
+    table = None if relative is None else relative_table(relative)
     given = AttentionCall(
         **{name: x.data_ptr() for name, x in zip(("q", "k", "v", "out"), (q, k, v, out), strict=True)},
         q_strides=strides(*q.stride()[:3]),
@@ -76,6 +78,9 @@ def attention(
         v_strides=strides(*v.stride()[:3]),
         out_strides=strides(out.stride(0), out.stride(2), out.stride(1)),
         alibi_slopes=_pointer(slopes),
+        relative=_pointer(table),
+        relative_stride=0 if table is None else table.shape[1],
+        relative_center=0 if relative is None else relative.shape[0] // 2,
         valid=_pointer(valid),
         segments=_pointer(segments),
         valid_stride=0 if valid is None or valid.shape[0] == 1 else valid.stride(0),
@@ -94,6 +99,15 @@ def attention(
     )
     LIBRARY.mb_attention(ctypes.byref(given))
     return out
+
+
+# Elements after a row of relative biases that the library's vector loads may read: the lanes of the widest vectors.
+_LANES = 16
+
+
+def relative_table(bias_nh: Tensor) -> Tensor:
+    """Biases (n, h) of distances as the library reads them: (h, n + _LANES), float32, with zeros at the end."""
+    return torch.nn.functional.pad(bias_nh.t().float(), (0, _LANES)).contiguous()
 
 
 # ---------------------------------------------------------------------------- norms

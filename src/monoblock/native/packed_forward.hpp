@@ -1,0 +1,254 @@
+// A forward pass of a transformer over several sequences without padding: their tokens are rows of one matrix, and each
+// sequence attends to itself. The architecture is described by ModelWeights; activations are float32. A token's output
+// depends on its own sequence only, to the bit: sums are added in an order that does not depend on the other rows.
+//
+// One parallel region runs the pass. Its phases are dynamic parallel loops, each with a barrier: qkv | norms and RoPE of heads
+// | attention | out + residual | norm | up with activation | down + residual | norm.
+#pragma once
+
+#include <algorithm>
+
+#include "attention.hpp"
+#include "model.hpp"
+#include "panel_gemm.hpp"
+#include "thread_team.hpp"
+
+namespace packed {
+
+using namespace decode;
+
+constexpr int64_t CHUNK_TOKENS = 2048;  // tokens of the sequences that are computed together, which bounds the scratch
+constexpr int64_t QUERY_BLOCK = 192;    // queries of an attention task: they share packed keys and values
+
+struct PackedForward {
+  const int64_t *ids, *type_ids, *positions;  // (tokens,); type_ids may be null
+  const int64_t* starts;                      // (sequences + 1,): the first token of each sequence, and the end
+  const float* relative;                      // biases by distance, as in AttentionCall, or null
+  float* out;                                 // (tokens, width): after the final norm
+  void* scratch;
+  int64_t scratch_bytes, sequences, relative_stride, relative_center;
+  int32_t causal, threads;
+};
+
+class PackedRun {
+ public:
+  PackedRun(const ModelWeights& model, const PackedForward& call, Arena& arena)
+      : m(model), c(call), layout(model), wide(m.mlp_width * (m.gated ? 2 : 1)), inner_width(m.heads * m.head_dim) {
+    const int64_t most = longest_chunk();
+    x = arena.take<float>(most * m.width);
+    h = arena.take<float>(most * m.width);
+    qkv = arena.take<float>(most * layout.size);
+    attended = arena.take<float>(most * inner_width);
+    inner = arena.take<float>(most * wide);
+    angles = arena.take<float>(most * m.rotary_dim);
+    inputs = arena.take<char>(PanelInputs::bytes(most_inputs(), most));
+    own = arena.take<char>(c.threads * own_bytes());
+  }
+
+  ThreadTeam team;
+
+  // Whether all token ids and positions are within their tables.
+  bool in_range() const {
+    for (int64_t t = 0; t < c.starts[c.sequences]; ++t) {
+      if (c.ids[t] < 0 || c.ids[t] >= m.embed.outputs) return false;
+      if (c.type_ids && (c.type_ids[t] < 0 || c.type_ids[t] >= m.embed.outputs)) return false;
+      if (m.position_table && (c.positions[t] < 0 || c.positions[t] >= m.position_rows)) return false;
+    }
+    return true;
+  }
+
+  // One thread's share of the pass; all threads of the region call it together.
+  void run(int thread) {
+    Arena arena(own + thread * own_bytes());
+    Own mine(thread, arena, m, c);
+    for (int64_t first = 0; first < c.sequences;) {
+      const int64_t last = chunk_end(first);
+      forward(first, last, mine);
+      first = last;
+    }
+  }
+
+ private:
+  // A thread's private memory.
+  struct Own {
+    Own(int number, Arena& arena, const ModelWeights& m, const PackedForward& c)
+        : thread(number), panel(arena, most_inputs(m)), together(arena.take<float>(m.heads * m.head_dim)) {
+      if (!arena.base) return;
+      call.alibi_slopes = m.alibi_slopes, call.relative = c.relative;
+      call.relative_stride = c.relative_stride, call.relative_center = c.relative_center;
+      call.batch = 1, call.heads = m.heads, call.kv_heads = m.kv_heads, call.head_dim = m.head_dim;
+      call.scale = m.scale, call.softcap = m.softcap, call.causal = c.causal, call.threads = 1;
+    }
+    const int thread;
+    PanelScratch panel;
+    float* together;
+    prompt::AttentionCall call = {};
+  };
+
+  static int64_t most_inputs(const ModelWeights& m) {
+    return std::max(std::max(m.width, m.mlp_width), m.heads * m.head_dim);
+  }
+  int64_t most_inputs() const { return most_inputs(m); }
+
+  int64_t own_bytes() const {
+    Arena measure(nullptr);
+    Own mine(0, measure, m, c);
+    return measure.used;
+  }
+
+  // The end of the chunk of sequences that begins at `first`: at least one sequence, and else at most CHUNK_TOKENS tokens.
+  int64_t chunk_end(int64_t first) const {
+    int64_t last = first + 1;
+    while (last < c.sequences && c.starts[last + 1] - c.starts[first] <= CHUNK_TOKENS) ++last;
+    return last;
+  }
+
+  int64_t longest_chunk() const {
+    int64_t most = 1;
+    for (int64_t first = 0, last; first < c.sequences; first = last) {
+      last = chunk_end(first);
+      most = std::max(most, c.starts[last] - c.starts[first]);
+    }
+    return most;
+  }
+
+  template <class F>
+  void phase(Own& mine, int64_t n, F work) {
+    team.parallel_for(mine.thread, n, work, [] { return false; });
+  }
+
+  // The sequences [first, last) through all layers.
+  void forward(int64_t first, int64_t last, Own& mine) {
+    const int64_t start = c.starts[first], count = c.starts[last] - start;
+    if (!count) return;
+    phase(mine, count, [&](int64_t t) {
+      const int64_t position = c.positions[start + t];
+      embed_token(m, c.ids[start + t], c.type_ids ? c.type_ids[start + t] : -1, position, x + t * m.width);
+      rope_angles(m, position, angles + t * m.rotary_dim);
+    });
+    for (int64_t i = 0; i < m.layers; ++i) {
+      const LayerWeights& layer = m.blocks[i];
+      const float* in = m.pre_norm ? norm_rows(layer.norm1, count, mine) : x;
+      product(layer.qkv, in, m.width, count, mine, [&](int64_t row, int64_t o, const float* sums, int64_t n) {
+        memcpy(qkv + row * layout.size + o, sums, n * sizeof(float));
+      });
+      if (m.rotary_dim || m.clip != 0 || layer.q_norm.kind || layer.k_norm.kind)
+        phase(mine, count, [&](int64_t t) {
+          finish_qkv(m, layer, layout, qkv + t * layout.size, angles + t * m.rotary_dim, mine.together);
+        });
+      attend(layer, first, last, mine);
+      add(layer.out, attended, inner_width, count, mine);
+      in = m.pre_norm ? norm_rows(layer.norm2, count, mine) : norm_in_place(layer.norm1, count, mine);
+      up(layer.up, in, count, mine);
+      add(layer.down, inner, wide, count, mine);
+      if (!m.pre_norm) norm_in_place(layer.norm2, count, mine);
+    }
+    phase(mine, count, [&](int64_t t) {
+      normed(m.final_norm, m.bf16, x + t * m.width, m.width, c.out + (start + t) * m.width);
+    });
+  }
+
+  const float* norm_rows(const NormWeights& norm, int64_t count, Own& mine) {
+    phase(mine, count, [&](int64_t t) { normed(norm, m.bf16, x + t * m.width, m.width, h + t * m.width); });
+    return h;
+  }
+
+  const float* norm_in_place(const NormWeights& norm, int64_t count, Own& mine) {
+    phase(mine, count, [&](int64_t t) { normed(norm, m.bf16, x + t * m.width, m.width, x + t * m.width); });
+    return x;
+  }
+
+  // W in, for panels of outputs and blocks of rows; `finish(row, output, sums, n)` takes n sums of a row from `output` on.
+  template <class F>
+  void product(const Matrix& w, const float* in, int64_t ldx, int64_t count, Own& mine, F finish) {
+    PanelInputs rows = {in, ldx, count};
+    rows.place(inputs, w);
+    if (reads_int8(w) || reads_bf16(w)) phase(mine, count, [&](int64_t t) { rows.prepare_row(w, t); });
+    mine.panel.packed = nullptr;
+    // Few rows at a time where there would be fewer than four tasks per thread.
+    const int64_t panels = (w.outputs + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
+    const int64_t wanted = (4 * c.threads + panels - 1) / panels;
+    const int64_t each = std::min(PANEL_ROWS, std::max<int64_t>(8 * TILE_ROWS, round_up((count + wanted - 1) / wanted, TILE_ROWS)));
+    const int64_t blocks = (count + each - 1) / each;
+    phase(mine, panels * blocks, [&](int64_t task) {
+      const int64_t first = task / blocks * PANEL_OUTPUTS, row = task % blocks * each, n = std::min(each, count - row);
+      panel_sums(w, rows, first, row, n, mine.panel);
+      const int64_t outputs = std::min(PANEL_OUTPUTS, w.outputs - first);
+      for (int64_t r = 0; r < n; ++r) finish(row + r, first, mine.panel.sums + r * PANEL_OUTPUTS, outputs);
+    });
+  }
+
+  // x += W in.
+  void add(const Matrix& w, const float* in, int64_t ldx, int64_t count, Own& mine) {
+    product(w, in, ldx, count, mine, [&](int64_t row, int64_t o, const float* sums, int64_t n) {
+      float* to = x + row * m.width + o;
+      for (int64_t i = 0; i < n; ++i) to[i] += sums[i];
+    });
+  }
+
+  // inner = act(W in), or act(gate) * up.
+  void up(const Matrix& w, const float* in, int64_t count, Own& mine) {
+    if (!m.gated)
+      return product(w, in, m.width, count, mine, [&](int64_t row, int64_t o, float* sums, int64_t n) {
+        activate(m.activation, sums, n);
+        memcpy(inner + row * wide + o, sums, n * sizeof(float));
+      });
+    product(w, in, m.width, count, mine, [&](int64_t row, int64_t o, const float* sums, int64_t n) {
+      memcpy(inner + row * wide + o, sums, n * sizeof(float));
+    });
+    phase(mine, count, [&](int64_t t) {
+      float *gates = inner + t * wide, *ups = gates + m.mlp_width;
+      activate(m.activation, gates, m.mlp_width);
+      for (int64_t i = 0; i < m.mlp_width; ++i) gates[i] *= ups[i];
+    });
+  }
+
+  void attend(const LayerWeights& layer, int64_t first, int64_t last, Own& mine) {
+    prompt::AttentionCall& a = mine.call;
+    a.window = layer.window;
+    for (int64_t* stride : {a.q_strides, a.k_strides, a.v_strides})
+      stride[0] = 0, stride[1] = layout.stride, stride[2] = layout.size;
+    a.out_strides[0] = 0, a.out_strides[1] = m.head_dim, a.out_strides[2] = inner_width;
+    prompt::Task<prompt::Plain, float> task(a, QUERY_BLOCK);
+    // Tasks (sequence, key/value head, block of queries) in order; a thread's cursor finds the sequence of the next one.
+    int64_t total = 0;
+    for (int64_t i = first; i < last; ++i) total += tasks_of(i);
+    int64_t sequence = first, before = 0;
+    phase(mine, total, [&](int64_t index) {
+      while (index - before >= tasks_of(sequence)) before += tasks_of(sequence++);
+      const int64_t start = c.starts[sequence] - c.starts[first], length = c.starts[sequence + 1] - c.starts[sequence];
+      const int64_t group = (index - before) % m.kv_heads, begin = (index - before) / m.kv_heads * QUERY_BLOCK;
+      const float* at = qkv + start * layout.size;
+      a.q = at, a.k = at + layout.keys, a.v = at + layout.values, a.out = attended + start * inner_width;
+      a.queries = a.keys = length;
+      task.run(0, group, begin, std::min(begin + QUERY_BLOCK, length));
+    });
+  }
+
+  int64_t tasks_of(int64_t sequence) const {
+    const int64_t length = c.starts[sequence + 1] - c.starts[sequence];
+    return m.kv_heads * ((length + QUERY_BLOCK - 1) / QUERY_BLOCK);
+  }
+
+  const ModelWeights& m;
+  const PackedForward& c;
+  const HeadLayout layout;
+  const int64_t wide, inner_width;  // widths of a row of `inner` and of `attended`
+  float *x, *h, *qkv, *attended, *inner, *angles;
+  char *inputs, *own;
+};
+
+// Returns 0 after the pass; else it was not run: -1 if a token id or a position is outside its table, or the bytes of scratch
+// that the pass needs.
+inline int64_t forward(const ModelWeights& model, const PackedForward& call) {
+  Arena measure(nullptr);
+  const PackedRun measured(model, call, measure);
+  if (measure.used + 64 > call.scratch_bytes) return measure.used + 64;
+  if (!measured.in_range()) return -1;
+  Arena arena((void*)round_up((int64_t)call.scratch, 64));
+  PackedRun run(model, call, arena);
+  run.team.run(call.threads, [&](int thread) { run.run(thread); });
+  return 0;
+}
+
+}  // namespace packed
