@@ -1,0 +1,268 @@
+"""Hidden states of several sequences without padding (packed_forward.py): every option and family against
+tests/oracle.py, long sequences and quantised weights against the modules; a sequence's states do not depend on the
+others; what the library refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import expected
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from measure import assert_close
+from mpt_cases import CASES, mpt_model
+from tiny_families import CLASSES, MODEL_TYPES, VOCAB, fields, monoblock_model
+from torch import nn
+
+from monoblock import native
+from monoblock.backends.pytorch.packed_forward import obstacle, packed_states
+from monoblock.backends.pytorch.quantization import formats
+from monoblock.backends.pytorch.quantization.modules import quantized_module
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.status()}")
+
+ATOL = 1e-5  # float32, up to 3 layers, values of 1 to 10: measured 6e-6
+LENGTHS = (23, 1, 9, 17)
+
+
+def sequences(lengths: Any, seed: int = 0, vocab: int = VOCAB) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(10, vocab, length).tolist() for length in lengths]
+
+
+@pytest.fixture
+def kernels(level: str) -> str:
+    """Each instruction set."""
+    if level == "0":
+        pytest.skip("without native kernels")
+    return level
+
+
+def split(states: torch.Tensor, ids: list[list[int]]) -> list[np.ndarray]:
+    return [part.numpy() for part in states.split([len(row) for row in ids])]
+
+
+def check(what: str, module: Any) -> None:
+    """Each sequence's states are the oracle's for that sequence alone."""
+    ids = sequences(LENGTHS)
+    states = packed_states(module, ids)
+    assert states is not None, obstacle(module)
+    for row, found in zip(ids, split(states, ids), strict=True):
+        assert_close(what, found[None], expected(module, np.array([row])).hidden, ATOL)
+
+
+# ---------------------------------------------------------------------------- the definition
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "rope, dynamic"])
+def test_every_option(case: str) -> None:
+    check(f"packed, {case}", mpt_model(case))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.usefixtures("kernels")
+def test_every_class(name: str) -> None:
+    """The bare model's states, of any class; in every instruction set."""
+    check(f"packed, {name}", monoblock_model(name, **fields(CLASSES[name])))
+
+
+def modules_states(module: Any, ids: list[list[int]]) -> list[np.ndarray]:
+    """The states by the modules, one sequence at a time."""
+    base = module.bare
+    with torch.no_grad():
+        return [base(input_ids=torch.tensor([row]))[0][0].float().numpy() for row in ids]
+
+
+@pytest.mark.parametrize("name", ["MPNetModel", "MistralModel", "GPTNeoModel"])
+def test_long_sequences(name: str) -> None:
+    """Several blocks of queries and keys; more tokens than are computed together; rows that no tile divides."""
+    longer = {"max_position_embeddings": 700}
+    module = monoblock_model(name, **{**fields(MODEL_TYPES[name]), **longer})
+    ids = sequences((613, 385, 2, 257, 600, 571, 192, 13))
+    states = packed_states(module, ids)
+    assert states is not None
+    for found, wanted in zip(split(states, ids), modules_states(module, ids), strict=True):
+        assert_close(f"packed, long, {name}", found, wanted, 2 * ATOL)  # two float32 computations
+
+
+def test_deep_matrices(kernels: str) -> None:
+    """More inputs than are packed at once, and outputs that panels do not divide."""
+    module = monoblock_model("MPNetModel", **{**fields("mpnet"), "intermediate_size": 1611})
+    ids = sequences((31, 7))
+    states = packed_states(module, ids)
+    assert states is not None
+    for found, wanted in zip(split(states, ids), modules_states(module, ids), strict=True):
+        # Sums of 1611 products: rounding errors grow with the square root of their number.
+        assert_close(f"packed, deep, {kernels}", found, wanted, 4 * ATOL)
+
+
+def test_token_types() -> None:
+    """Added as embeddings, as OpenAI GPT has them."""
+    module = monoblock_model("OpenAIGPTModel", **fields("openai-gpt"))
+    ids, types = sequences((9, 4)), sequences((9, 4), seed=1)
+    states = packed_states(module, ids, types)
+    assert states is not None
+    for row, kinds, found in zip(ids, types, split(states, ids), strict=True):
+        wanted = expected(module, np.array([row]), token_types=np.array([kinds])).hidden
+        assert_close("packed, token types", found[None], wanted, ATOL)
+
+
+def test_padding_tokens_in_a_text() -> None:
+    """MPNet gives them the position of padding, and does not count them."""
+    module = monoblock_model("MPNetModel", **fields("mpnet"))
+    ids = [[0, 30, 1, 31, 1, 2], [0, 40, 2]]
+    states = packed_states(module, ids)
+    assert states is not None
+    for found, wanted in zip(split(states, ids), modules_states(module, ids), strict=True):
+        assert_close("packed, padding tokens", found, wanted, ATOL)
+
+
+# ---------------------------------------------------------------------------- formats of weights
+
+
+def quantized(module: Any, bits: int) -> Any:
+    """The model with its linear layers in that many bits."""
+    for name, part in list(module.named_modules()):
+        if isinstance(part, nn.Linear) and "lm_head" not in name:
+            owner, _, leaf = name.rpartition(".")
+            made_part = quantized_module(part, formats.pack(part.weight, bits, 64), torch.float32)
+            setattr(module.get_submodule(owner), leaf, made_part)
+    return module
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize("name", ["MPNetModel", "MistralModel"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights(kernels: str, name: str, bits: int) -> None:
+    """The product with the same rounded weights. Where inputs are 8-bit integers too, each is off by up to 1/254 of the
+    largest of its group: about 0.6% for each matrix, measured 2.7% after 9 of them."""
+    module = quantized(monoblock_model(name, **fields(MODEL_TYPES[name])), bits)
+    plain = monoblock_model(name, **fields(MODEL_TYPES[name]))
+    for path, part in module.named_modules():
+        if hasattr(part, "quantized"):
+            plain.get_submodule(path).weight.data = part.dequantize()
+    ids = sequences(LENGTHS)
+    states = packed_states(module, ids)
+    assert states is not None, obstacle(module)
+    bound = 5e-2 if native.has_int8_gemm() else 1e-5
+    for found, wanted in zip(split(states, ids), modules_states(plain, ids), strict=True):
+        assert relative(found, wanted) < bound, (kernels, bits)
+
+
+@pytest.mark.parametrize("name", ["MPNetModel", "MptModel"])
+def test_bfloat16_weights(kernels: str, name: str) -> None:
+    """The same as the rounded weights in float32, where inputs are not rounded to bfloat16 too (2^-9 each)."""
+    kind = MODEL_TYPES[name]
+    module = monoblock_model(name, **fields(kind)).to(torch.bfloat16)
+    plain = monoblock_model(name, **fields(kind)).to(torch.bfloat16).float()
+    ids = sequences(LENGTHS)
+    states = packed_states(module, ids)
+    assert states is not None
+    bound = 0.02 if kernels == "avx512_vnni_bf16" else 1e-5
+    for found, wanted in zip(split(states, ids), modules_states(plain, ids), strict=True):
+        assert relative(found, wanted) < bound, kernels
+
+
+# ---------------------------------------------------------------------------- independence
+
+MODELS: dict[str, Any] = {}
+
+
+def kept(name: str, kind: str) -> Any:
+    """A model that several examples share."""
+    key = f"{name} {kind}"
+    if key not in MODELS:
+        module = monoblock_model(name, **fields(MODEL_TYPES[name]))
+        MODELS[key] = quantized(module, 8) if kind == "int8" else module.to(getattr(torch, kind))
+    return MODELS[key]
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["MPNetModel", "GPTNeoModel", "MistralModel"])
+@given(lengths=st.lists(st.integers(1, 60), min_size=2, max_size=12), threads=st.integers(1, 3))
+@settings(max_examples=12, deadline=None)
+def test_a_sequence_does_not_depend_on_the_others(
+    name: str, kind: str, lengths: list[int], threads: int
+) -> None:
+    """To the bit: alone or with others, in any order, on any number of threads."""
+    module, ids = kept(name, kind), sequences(lengths)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        together = packed_states(module, ids)
+        reversed_order = packed_states(module, ids[::-1])
+        torch.set_num_threads(1)
+        alone = [packed_states(module, [row]) for row in ids]
+    finally:
+        torch.set_num_threads(before)
+    assert together is not None
+    assert reversed_order is not None
+    for i, (found, own) in enumerate(zip(split(together, ids), alone, strict=True)):
+        assert own is not None
+        assert np.array_equal(found, own.numpy())
+        assert np.array_equal(found, split(reversed_order, ids[::-1])[len(ids) - 1 - i])
+
+
+@pytest.mark.usefixtures("kernels")
+def test_calls_share_nothing() -> None:
+    """A larger call leaves nothing behind that a smaller one reads."""
+    module = kept("MPNetModel", "float32")
+    ids = sequences((5, 3))
+    first = packed_states(module, ids)
+    packed_states(kept("MistralModel", "float32"), sequences((60,) * 50))
+    again = packed_states(module, ids)
+    assert first is not None
+    assert again is not None
+    assert torch.equal(first, again)
+
+
+# ---------------------------------------------------------------------------- at the door
+
+
+def test_what_is_refused() -> None:
+    module = monoblock_model("MPNetModel", **fields("mpnet"))
+    with pytest.raises(ValueError, match="sequence 1 is empty"):
+        packed_states(module, [[3], []])
+    with pytest.raises(ValueError, match=f"the vocabulary has the ids 0 to {VOCAB - 1}"):
+        packed_states(module, [[VOCAB]])
+    with pytest.raises(ValueError, match="64 learned positions, but a sequence has 65 tokens"):
+        packed_states(module, [[3] * 65])
+    with pytest.raises(ValueError, match="expected one for each token id"):
+        packed_states(module, [[3, 4]], [[3]])
+    none = packed_states(module, [])
+    assert none is not None
+    assert none.shape == (0, module.spec.width)
+
+
+def test_obstacles() -> None:
+    module = monoblock_model("MPNetModel", **fields("mpnet"))
+    assert obstacle(module) is None
+    assert obstacle(module.train()) == "training mode"
+    module.eval()
+    handle = module.encoder.layer[1].register_forward_hook(lambda *_: None)
+    assert "a forward hook on encoder.layer.1" in (obstacle(module) or "")
+    assert packed_states(module, [[3]]) is None
+    handle.remove()
+    module.set_attn_implementation("eager")
+    assert "attn_implementation='eager'" in (obstacle(module) or "")
+    assert obstacle(mpt_model("rope, dynamic")) == "dynamic RoPE scaling"
+    assert obstacle(monoblock_model("MPNetModel", **fields("mpnet")).to("meta")) == "device meta"
+
+
+def test_changed_weights_are_used() -> None:
+    """In place, replaced, or reloaded: also the table of relative biases."""
+    module = monoblock_model("MPNetModel", **fields("mpnet"))
+    ids = sequences((7,))
+    packed_states(module, ids)
+    with torch.no_grad():
+        module.encoder.relative_attention_bias.weight.add_(0.5 * torch.randn(32, 6))
+        module.encoder.layer[0].output.dense.weight.data = module.encoder.layer[0].output.dense.weight * 2
+    states = packed_states(module, ids)
+    assert states is not None
+    assert_close("packed, changed", states.numpy(), modules_states(module, ids)[0], ATOL)
