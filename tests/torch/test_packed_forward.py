@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from measure import assert_close
 from mpt_cases import CASES, mpt_model
-from tiny_families import CLASSES, MODEL_TYPES, VOCAB, fields, monoblock_model
+from tiny_families import CLASSES, KIND, MODEL_TYPES, VOCAB, fields, model_inputs, monoblock_model
 from torch import nn
 
 from monoblock import native
@@ -118,6 +118,45 @@ def test_padding_tokens_in_a_text() -> None:
     assert states is not None
     for found, wanted in zip(split(states, ids), modules_states(module, ids), strict=True):
         assert_close("packed, padding tokens", found, wanted, ATOL)
+
+
+# ---------------------------------------------------------------------------- padded batches
+
+HEADS = [name for name in MODEL_TYPES if KIND[name] not in ("choice", "double")]
+
+
+@pytest.mark.parametrize("name", HEADS)
+@torch.no_grad()
+def test_unpadded_batches(name: str) -> None:
+    """The output of every head is that of `forward`, where there is no padding."""
+    module = monoblock_model(name, **fields(MODEL_TYPES[name]))
+    for padding in ("left", "right"):
+        ids, mask = model_inputs(name, padding)
+        wanted = module(ids, attention_mask=mask)
+        found = module.forward_unpadded({"input_ids": ids, "attention_mask": mask})
+        if padding == "left" and KIND[name] in ("first", "pooler"):
+            assert found is None  # these heads read the first token, which is padding
+            continue
+        assert found is not None, obstacle(module)
+        assert type(found) is type(wanted)
+        assert found.keys() == {key for key in wanted if key != "past_key_values"}
+        for key, value in found.items():
+            where = mask if value.shape[:2] == ids.shape else None
+            assert_close(f"unpadded, {name}", value, wanted[key], 2 * ATOL, where)
+
+
+def test_which_batches_are_unpadded() -> None:
+    module = monoblock_model("MPNetModel", **fields("mpnet"))
+    ids = torch.tensor(sequences((5, 5)))
+    assert module.forward_unpadded({"input_ids": ids}) is not None
+    holes = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert module.forward_unpadded({"input_ids": ids, "attention_mask": holes}) is None
+    nothing = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    assert module.forward_unpadded({"input_ids": ids, "attention_mask": nothing}) is None
+    assert module.forward_unpadded({"input_ids": ids, "position_ids": ids}) is None
+    assert module.forward_unpadded({"attention_mask": nothing}) is None
+    module.config.output_hidden_states = True
+    assert module.forward_unpadded({"input_ids": ids}) is None
 
 
 # ---------------------------------------------------------------------------- formats of weights

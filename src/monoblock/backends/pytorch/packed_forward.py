@@ -17,9 +17,10 @@ from torch import Tensor
 
 from monoblock import native
 from monoblock.backends.pytorch.base import ModelBase
-from monoblock.backends.pytorch.kernels import low_rank, native_ops
+from monoblock.backends.pytorch.kernels import dispatch, low_rank, native_ops
 from monoblock.backends.pytorch.native_weights import (
     Inventory,
+    common_dtype,
     library_obstacle,
     weights,
     weights_obstacle,
@@ -41,6 +42,8 @@ def obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None
         return "dynamic RoPE scaling"
     if model.training:
         return "training mode"
+    if common_dtype(model) == torch.bfloat16 and native.library().mb_amx():
+        return "AMX, with which PyTorch's bfloat16 products are faster"
     inventory = inventory or Inventory(model)
     if any(low_rank.is_lora(module) for _, module in inventory.modules):
         return "LoRA adapters"
@@ -99,6 +102,29 @@ def packed_states(
     if answer:
         raise ValueError("a token id or a position is outside of its table")
     return out
+
+
+def unpadded_states(model: ModelBase, ids_bs: Tensor, mask_bs: Tensor | None) -> Tensor | None:
+    """The last hidden states (b, s, w) of a padded batch, in the dtype of the weights, computed without its padding;
+    zeros at padding.
+
+    None if the library cannot run the model, or if the mask is not 1 for one run of tokens in each row: then tokens
+    between them would have other positions.
+    """
+    mask = torch.ones_like(ids_bs) if mask_bs is None else mask_bs
+    if mask.shape != ids_bs.shape or ids_bs.device.type != "cpu" or not dispatch.readable(ids_bs, mask):
+        return None
+    real = mask.bool()
+    starts = real.int().diff(dim=-1, prepend=torch.zeros_like(ids_bs[:, :1], dtype=torch.int)) == 1
+    if not ids_bs.numel() or not (starts.sum(-1) == 1).all():
+        return None
+    rows = [row[own].tolist() for row, own in zip(ids_bs, real, strict=True)]
+    states = packed_states(model, rows)
+    if states is None:
+        return None
+    hidden = torch.zeros((*ids_bs.shape, model.spec.width), dtype=common_dtype(model))
+    hidden[real] = states.to(hidden.dtype)
+    return hidden
 
 
 # ---------------------------------------------------------------------------- inputs of a call

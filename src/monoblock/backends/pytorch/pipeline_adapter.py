@@ -41,7 +41,9 @@ class Adapter:
         """The model's output for these inputs, without gradients."""
         options = {"use_cache": False} if "use_cache" in self.accepts else {}
         with torch.inference_mode():
-            return self.model(**self._tensors(inputs), **options)
+            tensors = self._tensors(inputs)
+            found = self.model.forward_unpadded(tensors)
+            return self.model(**tensors, **options) if found is None else found
 
     def generate(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> list[list[int]]:
         """The ids that the model's `generate` gives, one row for each sequence."""

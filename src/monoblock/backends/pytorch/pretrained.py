@@ -45,6 +45,7 @@ from monoblock.backends.pytorch.model import (
     positioned,
 )
 from monoblock.backends.pytorch.options import LoadOptions
+from monoblock.backends.pytorch.packed_forward import unpadded_states
 from monoblock.backends.pytorch.parameters import Parameters
 from monoblock.backends.pytorch.parts import Part
 from monoblock.backends.pytorch.quantization import checkpoint
@@ -63,6 +64,9 @@ from monoblock.generation.config import as_own_config as own_generation_config
 from monoblock.quantization import BitsAndBytesConfig
 
 log = logging.getLogger("monoblock")
+
+# The arguments of a batch that `forward_unpadded` takes.
+_UNPADDED = {"input_ids", "attention_mask"}
 
 
 class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction, AdapterMixin, Tools):
@@ -196,6 +200,27 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
             inner["keep"] = keep
         out = base(**inner)
         return self._output(given, **{**out, **heads.outputs(self, out, given)})
+
+    def forward_unpadded(self, given: Mapping[str, Any]) -> Any | None:
+        """The output of a padded batch (`input_ids`, `attention_mask`), computed without its padding by the native
+        library, without gradients; at padding it is that of zero hidden states. None if this model or this call needs
+        `forward`."""
+        if self.row.head in ("choice", "double") or not {"input_ids"} <= given.keys() <= _UNPADDED:
+            return None
+        if any(self._option(given, name) for name in ("output_attentions", "output_hidden_states")):
+            return None
+        base, mask = self.bare, given.get("attention_mask")
+        reads_first = base.has("pooler") or self.row.head == "first"
+        if reads_first and mask is not None and not mask[:, 0].all():
+            return None  # it reads the state of a row's first token, which is padding
+        hidden = unpadded_states(self, given["input_ids"], mask)
+        if hidden is None:
+            return None
+        pooled = base.role("pooler")(hidden) if base.has("pooler") else None
+        if base is self:
+            return self._output(given, last_hidden_state=hidden, pooler_output=pooled)
+        out = base._output({"return_dict": True}, last_hidden_state=hidden, pooler_output=pooled)
+        return self._output(given, **{**out, **heads.outputs(self, out, dict(given))})
 
     def _output(self, given: Mapping[str, Any], **values: Any) -> Any:
         """The class's output, from the values that it has a field for."""
