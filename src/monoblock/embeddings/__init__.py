@@ -16,7 +16,7 @@ _HOME = {
     "quantize_embeddings": "quantization",
 }
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "CrossEncoder",
     "Dense",
     "LayerNorm",

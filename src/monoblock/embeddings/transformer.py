@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-import numpy as np
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
 
@@ -37,8 +36,15 @@ class Transformer:
         auto: the class that selects the model's, without the framework's prefix.
     """
 
-    auto = "AutoModel"
-    output = "token_embeddings"  # the name of the model's first output in the features
+    auto: ClassVar[str] = "AutoModel"
+    output: ClassVar[str] = "token_embeddings"  # the name of the model's first output in the features
+    heads: ClassVar[tuple[str | None, ...]] = (None, "pooler")  # supported kinds of head
+    # Keys of newer configs, with the values that the module has.
+    fixed: ClassVar[Mapping[str, Any]] = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        "module_output_name": "token_embeddings",
+    }
 
     def __init__(
         self,
@@ -85,6 +91,10 @@ class Transformer:
                 raise ValueError("a model object needs its tokenizer: pass tokenizer=")
             tokenizer = monoblock.AutoTokenizer.from_pretrained(
                 source, **{**where, **_without_code(processor)}
+            )
+        if model.row.head not in self.heads:
+            raise ValueError(
+                f"{type(model).__name__} is not supported as {type(self).__name__}: its head is {model.row.head}"
             )
         self.framework = found
         self.adapter: Any = found.embedding_adapter.EmbeddingAdapter(model)
@@ -153,7 +163,7 @@ class Transformer:
             return {}
         limit = {"truncation": True, "max_length": self.max_seq_length} if self.max_seq_length else {}
         options = {"padding": True, **limit, "return_tensors": self.adapter.tensors, **options}
-        return dict(self.tokenizer(list(texts), **options))
+        return dict(self._encoded(texts, **options))
 
     preprocess = tokenize
 
@@ -162,13 +172,13 @@ class Transformer:
         names = [name for name in self.tokenizer.model_input_names if name in self.adapter.accepts]
         names = [name for name in names if name != "attention_mask"]
         options = {"padding": False, "return_attention_mask": False, "verbose": False}
-        encoded = self.tokenizer(list(texts), truncation=False, **options)
-        cut = [0] * len(texts)
+        encoded = self._encoded(texts, truncation=False, **options)
         columns = {name: list(encoded[name]) for name in names}
+        cut = [0] * len(texts)
         if (limit := self.max_seq_length) is not None:
             long = [i for i, ids in enumerate(columns["input_ids"]) if len(ids) > limit]
             if long:
-                shorter = self.tokenizer(
+                shorter = self._encoded(
                     [texts[i] for i in long], truncation=True, max_length=limit, **options
                 )
                 for row, i in enumerate(long):
@@ -176,6 +186,13 @@ class Transformer:
                     for name in names:
                         columns[name][i] = shorter[name][row]
         return [{name: columns[name][i] for name in names} for i in range(len(texts))], cut
+
+    def _encoded(self, texts: Sequence[Any], **options: Any) -> Any:
+        """The tokenizer's result for texts, or for pairs of texts."""
+        if texts and not isinstance(texts[0], str):
+            first, second = ([pair[i] for pair in texts] for i in range(2))
+            return self.tokenizer(first, second, **options)
+        return self.tokenizer(list(texts), **options)
 
     def padded(self, rows: Rows) -> dict[str, list[list[int]]]:
         """Rows padded to one length, with an attention mask if any is padded."""
@@ -224,11 +241,11 @@ class Transformer:
             "config_args": "config_kwargs",
         }
         config = {renamed.get(key, key): value for key, value in config.items()}
-        known = ("max_seq_length", "do_lower_case", *renamed.values(), *_FIXED)
+        known = ("max_seq_length", "do_lower_case", *renamed.values(), *cls.fixed)
         if path is not None:
             check_keys(config, known, path)
             for key, value in config.items():
-                expected = getattr(cls, "fixed", _FIXED).get(key)
+                expected = cls.fixed.get(key)
                 if expected is not None and value != expected:
                     raise ValueError(f"{path}: {key}={value!r} is not supported; expected {expected!r}")
         own = {
@@ -244,14 +261,6 @@ class Transformer:
     def __repr__(self) -> str:
         config = {**self.get_config_dict(), "architecture": type(self.auto_model).__name__}
         return f"Transformer({config})"
-
-
-# Keys of newer configs, with the values that the modules here have.
-_FIXED: dict[str, Any] = {
-    "transformer_task": "feature-extraction",
-    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-    "module_output_name": "token_embeddings",
-}
 
 
 def _one(name: str, value: Any, old: str, old_value: Any) -> dict[str, Any]:
@@ -281,8 +290,3 @@ def _lowercasing(normalizer: Any) -> str:
     state = normalizer.__getstate__()
     text = state.decode() if isinstance(state, bytes) else str(state)
     return "Lowercase" if '"Lowercase"' in text or '"lowercase":true' in text.replace(" ", "") else ""
-
-
-def array(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Rows of equal length as int64 [rows, tokens]."""
-    return np.asarray(rows, np.int64)

@@ -131,6 +131,10 @@ class EmbeddingAdapter(Adapter):
         states = self.run(inputs)[0]
         return self.numpy(states) if self.on_host else states
 
+    def logits(self, inputs: Mapping[str, Any]) -> np.ndarray:
+        """The first output [texts, labels] of a model with a head, as NumPy float32."""
+        return self.numpy(self.run(inputs)[0])
+
     def outputs(self, features: Mapping[str, Any]) -> Any:
         """The model's output for tensors, with gradients if they are enabled."""
         inputs = {name: value.to(self.device) for name, value in features.items() if name in self.accepts}
