@@ -67,7 +67,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 # The special tokens around a text, and around the second text of a pair.
-TEMPLATES = {"MPNet": (["<s>", "A", "</s>"], ["</s>", "B", "</s>"]), "Mistral": (["<s>", "A"], ["B"]), "GPTNeo": None}
+TEMPLATES = {
+    "MPNet": (["<s>", "A", "</s>"], ["</s>", "B", "</s>"]),
+    "Mistral": (["<s>", "A"], ["B"]),
+    "GPTNeo": None,
+}
 FAMILIES = tuple(FIELDS)
 
 
@@ -156,7 +160,9 @@ class Case(dict[str, Any]):
     """`family`, `pooling` (arguments of Pooling), `after` (the modules after it), `encode` (arguments)."""
 
 
-def _case(family: str = "MPNet", mode: Any = "mean", after: Any = (), prompt_in: bool = True, **encode: Any) -> Case:
+def _case(
+    family: str = "MPNet", mode: Any = "mean", after: Any = (), prompt_in: bool = True, **encode: Any
+) -> Case:
     return Case(family=family, mode=mode, after=after, include_prompt=prompt_in, encode=encode)
 
 
@@ -188,4 +194,6 @@ def vectors(count: int, seed: int, width: int = 16) -> np.ndarray:
     """Embeddings with clusters, for functions on embeddings."""
     random = np.random.default_rng(seed)
     centres = random.standard_normal((5, width))
-    return (centres[random.integers(0, 5, count)] + 0.4 * random.standard_normal((count, width))).astype(np.float32)
+    return (centres[random.integers(0, 5, count)] + 0.4 * random.standard_normal((count, width))).astype(
+        np.float32
+    )

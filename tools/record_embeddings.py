@@ -16,7 +16,13 @@ import numpy as np
 import sentence_transformers
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer, util
-from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    Transformer,
+)
 
 
 def module(kind: str, *arguments: Any) -> Any:
@@ -56,13 +62,23 @@ def main() -> None:
     for precision in ("int8", "uint8", "binary", "ubinary"):
         found[f"quantize/{precision}"] = util.quantize_embeddings(many, precision)
     found["quantize/calibrated"] = util.quantize_embeddings(few, "int8", calibration_embeddings=many)
-    names = ("cos_sim", "dot_score", "euclidean_sim", "manhattan_sim", "pairwise_cos_sim", "pairwise_dot_score")
+    names = (
+        "cos_sim",
+        "dot_score",
+        "euclidean_sim",
+        "manhattan_sim",
+        "pairwise_cos_sim",
+        "pairwise_dot_score",
+    )
     for name in (*names, "pairwise_euclidean_sim", "pairwise_manhattan_sim"):
         found[f"similarity/{name}"] = getattr(util, name)(few, many[:20]).numpy()
     hits = util.semantic_search(few, many, query_chunk_size=6, corpus_chunk_size=40, top_k=5)
     found["search/ids"] = np.array([[hit["corpus_id"] for hit in row] for row in hits])
     found["search/scores"] = np.array([[hit["score"] for hit in row] for row in hits])
-    for name, options in {"all": {}, "limited": {"max_pairs": 100, "top_k": 4, "query_chunk_size": 30}}.items():
+    for name, options in {
+        "all": {},
+        "limited": {"max_pairs": 100, "top_k": 4, "query_chunk_size": 30},
+    }.items():
         pairs = util.paraphrase_mining_embeddings(torch.from_numpy(many), **options)
         found[f"pairs/{name}"] = np.array(pairs)
     clusters = util.community_detection(many, threshold=0.8, min_community_size=4, batch_size=64)

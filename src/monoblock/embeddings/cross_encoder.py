@@ -109,7 +109,7 @@ class CrossEncoder(ModuleSequence):
             _function(activation_fn) if activation_fn is not None else self._default(settings)
         )
 
-    def _default(self, settings: files.Settings) -> str:
+    def _default(self, settings: files.ModelSettings) -> str:
         """The activation that the files name, else that of the number of labels."""
         config = self.config
         stored = settings.activation_fn
@@ -302,7 +302,7 @@ def _function(given: Any) -> Any:
         raise
 
 
-def _read(name: Any, hub: HubOptions, settings: files.Settings, given: dict[str, Any]) -> Classifier:
+def _read(name: Any, hub: HubOptions, settings: files.ModelSettings, given: dict[str, Any]) -> Classifier:
     entries = files.read_entries(name, hub)
     if entries is not None and settings.model_type != "CrossEncoder":
         raise ValueError(f"{name} holds a {settings.model_type}, not a CrossEncoder")

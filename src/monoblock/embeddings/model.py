@@ -87,7 +87,7 @@ class SentenceTransformer(ModuleSequence):
         check_backend(backend, trust_remote_code)
         if (model_name_or_path is None) == (modules is None):
             raise ValueError("pass a name or folder, or modules=")
-        settings = files.Settings()
+        settings = files.ModelSettings()
         if modules is None:
             name, hub = hub_options(
                 model_name_or_path, cache_folder, revision, token, local_files_only, OWNER
@@ -378,7 +378,7 @@ class SentenceTransformer(ModuleSequence):
         return made
 
 
-def _read(name: Any, hub: HubOptions, settings: files.Settings, given: dict[str, Any]) -> list[Any]:
+def _read(name: Any, hub: HubOptions, settings: files.ModelSettings, given: dict[str, Any]) -> list[Any]:
     """The modules of a folder or repository."""
     entries = files.read_entries(name, hub)
     if entries is not None and settings.model_type != "SentenceTransformer":

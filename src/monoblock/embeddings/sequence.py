@@ -242,8 +242,9 @@ class ModuleSequence:
     ) -> list[Any]:
         """The results of the inputs' chunks."""
         own = self.start_multi_process_pool(device) if pool is None else None
+        used: dict[str, Any] = own or pool
         try:
-            return processes.run(own or pool, inputs, options, chunk_size, _bar(len(inputs), shown))
+            return processes.run(used, inputs, options, chunk_size, _bar(len(inputs), shown))
         finally:
             if own is not None:
                 self.stop_multi_process_pool(own)

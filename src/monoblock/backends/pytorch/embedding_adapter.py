@@ -13,7 +13,7 @@ from monoblock.backends.pytorch.kernels.encoder import packed_states
 from monoblock.backends.pytorch.pipeline_adapter import Adapter, found_device
 
 
-class TorchOps:
+class TensorOps:
     """`EmbeddingOps` on tensors, with gradients."""
 
     def mask(self, x_bs: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class TorchOps:
         return values.tolist(), index.tolist()
 
 
-OPS = TorchOps()
+OPS = TensorOps()
 
 
 def _like(value: Any, x: Tensor) -> Tensor:
