@@ -7,7 +7,9 @@ from torch import Tensor
 from monoblock.backends.tf.main_layer import MainLayer
 from monoblock import (
     demo as demo,
+    embeddings as embeddings,
     pipelines as pipelines,
+    util as util,
     utils as utils,
 )
 from monoblock.outputs import (
@@ -120,6 +122,10 @@ from monoblock.backends.tf.processors import (
 )
 from monoblock.config import (
     PretrainedConfig as PretrainedConfig,
+)
+from monoblock.embeddings import (
+    CrossEncoder as CrossEncoder,
+    SentenceTransformer as SentenceTransformer,
 )
 from monoblock.errors import (
     CheckpointError as CheckpointError,
