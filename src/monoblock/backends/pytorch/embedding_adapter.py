@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monoblock.backends.pytorch.kernels.encoder import packed_states
+from monoblock.backends.pytorch.packed_forward import packed_states
 from monoblock.backends.pytorch.pipeline_adapter import Adapter, found_device
 
 
