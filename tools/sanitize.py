@@ -27,6 +27,7 @@ TESTS = (
     "test_native_numbers",
     "test_native_threads",
     "test_packed",
+    "test_packed_forward",
     "test_prompt",
 )
 # Python and the frameworks do not free all memory at exit, and some of their libraries define symbols twice.

@@ -189,7 +189,8 @@ def test_quantized_weights(kernels: str, name: str, bits: int) -> None:
     ids = sequences(LENGTHS)
     states = packed_states(module, ids)
     assert states is not None, obstacle(module)
-    bound = 5e-2 if native.has_int8_gemm() else 1e-5
+    # With AVX2 inputs are rounded to 16 bits, by up to 2^-16 of the largest of their group: a 256th of the above.
+    bound = 5e-2 if native.has_int8_gemm() else 2e-4 if kernels.startswith("avx") else 1e-5
     for found, wanted in zip(split(states, ids), modules_states(plain, ids), strict=True):
         assert relative(found, wanted) < bound, (kernels, bits)
 
@@ -206,6 +207,21 @@ def test_bfloat16_weights(kernels: str, name: str) -> None:
     bound = 0.02 if kernels == "avx512_vnni_bf16" else 1e-5
     for found, wanted in zip(split(states, ids), modules_states(plain, ids), strict=True):
         assert relative(found, wanted) < bound, kernels
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_non_finite_states_stay_in_their_sequence(kernels: str, bits: int) -> None:
+    """NaN in one token's embedding reaches all tokens of its sequence, through quantised weights too, and no other."""
+    module = quantized(monoblock_model("MPNetModel", **fields("mpnet")), bits)
+    with torch.no_grad():
+        module.get_input_embeddings().weight[7, 3] = float("nan")
+    ids = [[30, 31, 32], [30, 7, 32], [33]]
+    states = packed_states(module, ids)
+    assert states is not None
+    found = [part.isfinite() for part in states.split([3, 3, 1])]
+    assert found[0].all(), kernels
+    assert not found[1].any(), kernels
+    assert found[2].all(), kernels
 
 
 # ---------------------------------------------------------------------------- independence

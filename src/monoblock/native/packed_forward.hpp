@@ -163,7 +163,7 @@ class PackedRun {
   void product(const Matrix& w, const float* in, int64_t ldx, int64_t count, Own& mine, F finish) {
     PanelInputs rows = {in, ldx, count};
     rows.place(inputs, w);
-    if (reads_int8(w) || reads_bf16(w)) phase(mine, count, [&](int64_t t) { rows.prepare_row(w, t); });
+    if (PanelInputs::needed(w)) phase(mine, count, [&](int64_t t) { rows.prepare_row(w, t); });
     mine.panel.packed = nullptr;
     // Few rows at a time where there would be fewer than four tasks per thread.
     const int64_t panels = (w.outputs + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;

@@ -1,8 +1,10 @@
 // Products of weights in any format with many rows of float32 inputs, one panel of 64 outputs at a time, on the calling
 // thread. A row's sums are added in one order, whatever the number of rows: a row's result does not depend on the others.
 //
-// Weights are packed so that a vector holds one input's weights of LANES outputs. In general they become float32. With AVX-512
-// VNNI or BF16, the kernels of gemm_int8.hpp and gemm_bf16.hpp multiply inputs in 8 bits or in bf16 (`prepare_rows`).
+// Weights are packed so that a vector holds one input's weights of LANES outputs. In general they become float32. Quantised
+// weights become 16-bit integers with AVX2, where a multiply-add of pairs does twice the work of a float32 one; inputs are
+// rounded to 16 bits for each group. With AVX-512 VNNI or BF16, the kernels of gemm_int8.hpp and gemm_bf16.hpp multiply inputs
+// in 8 bits or in bf16.
 #pragma once
 
 #include "matrix.hpp"
@@ -16,9 +18,17 @@ constexpr int64_t PANEL_ROWS = 384;   // rows whose sums a thread holds: 96 KB
 constexpr int TILE_ROWS = 6, TILE_VECTORS = LANES == 16 ? 4 : 2;  // a register tile
 constexpr int TILE_OUTPUTS = TILE_VECTORS * LANES;
 
-// Whether products with this matrix read inputs in 8 bits, or in bf16.
+// Whether products with this matrix read inputs in 8 bits, in 16 bits, or in bf16.
 inline bool reads_int8(const Matrix& m) {
 #if defined(__AVX512VNNI__)
+  return m.format == INT8 || m.format == INT4;
+#else
+  return m.format < 0;
+#endif
+}
+
+inline bool reads_int16(const Matrix& m) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
   return m.format == INT8 || m.format == INT4;
 #else
   return m.format < 0;
@@ -37,7 +47,8 @@ inline bool reads_bf16(const Matrix& m) {
 struct PanelInputs {
   const float* x;
   int64_t ldx, rows;
-  Prepared codes = {};       // for reads_int8
+  Prepared codes = {};       // for reads_int8; for reads_int16 only its scales and sums
+  int16_t* words = nullptr;  // (rows, padded), for reads_int16
   uint16_t* bf16 = nullptr;  // (rows, inputs), for reads_bf16
 
   // Bytes of scratch for `rows` rows of up to `inputs` inputs.
@@ -46,7 +57,7 @@ struct PanelInputs {
     return rows * (padded * 2 + blocks * 8) + 256;
   }
 
-  // Divides the scratch; codes and bf16 values are never needed together.
+  // Divides the scratch; integers and bf16 values are never needed together.
   void place(void* scratch, const Matrix& m) {
     char* at = (char*)round_up((int64_t)scratch, 64);
     bf16 = (uint16_t*)at;
@@ -54,19 +65,57 @@ struct PanelInputs {
     codes.padded = round_up(m.inputs, RUN), codes.blocks = round_up(codes.padded / BLOCK, 16);
     codes.q_scale = (float*)at, at += rows * codes.blocks * 4;
     codes.q_sum = (float*)at, at += rows * codes.blocks * 4;
-    codes.q = (int8_t*)at;
+    codes.q = (int8_t*)at, words = (int16_t*)at;
   }
+
+  // Whether `prepare_row` must be called for each row.
+  static bool needed(const Matrix& m) { return reads_int8(m) || reads_int16(m) || reads_bf16(m); }
 
   // Converts one row to the form that the product reads.
   void prepare_row(const Matrix& m, int64_t row) {
     if (reads_int8(m)) quantise_row(x + row * ldx, row, m, codes);
+    if (reads_int16(m)) round_row(m, row);
     if (reads_bf16(m)) round_to_bf16(x + row * ldx, m.inputs, bf16 + row * m.inputs, m.inputs);
   }
+
+ private:
+  // 16-bit integers for each group: round(x * 32767 / max|x|), a relative error of 2^-16 of the group's largest.
+  void round_row(const Matrix& m, int64_t row) {
+    float group[RUN];
+    for (int64_t k = 0, g = 0; k < codes.padded; k += m.group, ++g) {
+      const int64_t left = m.inputs - k, inside = left < 0 ? 0 : left < m.group ? left : m.group;
+      pad(x + row * ldx + k, inside, group, m.group);
+      round_group(group, m.group, words + row * codes.padded + k, codes.q_scale + row * codes.blocks + g,
+                  codes.q_sum + row * codes.blocks + g);
+    }
+  }
+
+  // NaN and infinity make the scale NaN, so that they propagate to the outputs.
+  static void round_group(const float* x, int count, int16_t* q, float* scale, float* total) {
+    Floats top = {}, nonfinite = {};
+    for (int k = 0; k < count; k += LANES) {
+      const Floats v = load<Floats>(x + k);
+      top = largest(magnitude(v), top);
+      nonfinite += v * 0.0f;
+    }
+    const float most = largest(top), nan = sum(nonfinite), inverse = most > 1e3f * MIN_MAGNITUDE ? 32767 / most : 0;
+    Ints whole = {};
+    for (int k = 0; k < count; k += LANES) {
+      const Ints n = nan != nan ? Ints{} : nearest(load<Floats>(x + k) * inverse);
+      store(q + k, __builtin_convertvector(n, HalfInts));
+      whole += n;
+    }
+    *scale = nan != nan ? nan : most / 32767;
+    *total = sum(__builtin_convertvector(whole, Floats)) * *scale;
+  }
+
+  typedef int16_t HalfInts __attribute__((vector_size(LANES * 2)));
 };
 
-// A thread's scratch: packed weights, unpacked rows of weights, and the sums (PANEL_ROWS, PANEL_OUTPUTS).
+// A thread's scratch: packed weights and the scales of their groups, unpacked rows of weights, and the sums (PANEL_ROWS,
+// PANEL_OUTPUTS).
 struct PanelScratch {
-  float *weights, *rows, *sums;
+  float *weights, *scales, *lows, *rows, *sums;
   char* other;  // of the kernels for int8 and bf16
   const Matrix* packed = nullptr;
   int64_t packed_first = -1, packed_k = -1;  // what `weights` holds
@@ -87,6 +136,8 @@ struct PanelScratch {
   template <class Arena>
   PanelScratch(Arena& arena, int64_t inputs) {
     weights = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH);
+    scales = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH / BLOCK);
+    lows = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH / BLOCK);
     rows = arena.template take<float>(LANES * PANEL_DEPTH);
     sums = arena.template take<float>(PANEL_ROWS * PANEL_OUTPUTS);
     other = arena.template take<char>(other_bytes(inputs));
@@ -186,6 +237,99 @@ inline void multiply_tiles(const float* weights, const float* x, int64_t ldx, in
     }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// As `pack_floats`, pairs of 16-bit integers in words: (PANEL_OUTPUTS / TILE_OUTPUTS, count / 2, TILE_OUTPUTS); with scales and
+// lows (groups, PANEL_OUTPUTS). `count` is a multiple of RUN, with the row's padding.
+inline void pack_words(const Matrix& m, int64_t first, int64_t k, int64_t count, const PanelScratch& scratch) {
+  typedef int16_t HalfInts __attribute__((vector_size(LANES * 2)));
+  for (int64_t side = 0; side < PANEL_OUTPUTS; side += LANES) {
+    int16_t* rows = (int16_t*)scratch.rows;
+    for (int r = 0; r < LANES; ++r) {
+      const int64_t output = first + side + r < m.outputs ? first + side + r : m.outputs - 1;
+      const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
+      int16_t* to = rows + r * PANEL_DEPTH - k;
+      for (int64_t g = k / m.group, i = 0; i < count; ++g, i += m.group) {
+        const int64_t group = output * groups_of(m) + g, at = i / m.group * PANEL_OUTPUTS + side + r;
+        scratch.scales[at] = from_half(m.scale[group]);
+        scratch.lows[at] = m.low ? from_half(m.low[group]) : 0.0f;
+      }
+      for (int64_t start = k; start < k + count; start += BLOCK) {
+        const uint8_t* block = m.format == INT8 ? codes + start : codes + start / RUN * BLOCK;
+        const int shift = start % RUN / BLOCK * 4;
+        for (int i = 0; i < BLOCK; i += LANES) {
+          const HalfInts code = __builtin_convertvector(load<Bytes>(block + i), HalfInts);
+          store(to + start + i, m.format == INT8 ? code - 128 : code >> shift & 15);
+        }
+      }
+    }
+    uint32_t* to = (uint32_t*)scratch.weights + side / TILE_OUTPUTS * count / 2 * TILE_OUTPUTS + side % TILE_OUTPUTS;
+    for (int64_t i = 0; i < count / 2; i += LANES) {
+      Words v[LANES];
+      UNROLL for (int r = 0; r < LANES; ++r) v[r] = load<Words>(rows + r * PANEL_DEPTH + 2 * i);
+      transpose(v);
+      UNROLL for (int j = 0; j < LANES; ++j) store(to + (i + j) * TILE_OUTPUTS, v[j]);
+    }
+  }
+}
+
+// Adds the products of pairs of 16-bit integers to 32-bit sums.
+INLINE Ints add_pairs(Ints sums, Words a, Words b) {
+#if defined(__AVX512BW__)
+  return sums + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+  return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+
+// As `multiply_tile`, for one group of `depth` inputs; sums += integer sums * scales + lows * the sum of the inputs.
+template <int T>
+inline void multiply_group(const uint32_t* weights, const float* scales, const float* lows, const int16_t* x, int64_t ldx,
+                           int depth, const float* x_scale, const float* x_sum, int64_t blocks, float* sums, bool first) {
+  Ints own[T][TILE_VECTORS] = {};
+  _Pragma("GCC unroll 2") for (int k = 0; k < depth / 2; ++k) {
+    Words w[TILE_VECTORS];
+    UNROLL for (int i = 0; i < TILE_VECTORS; ++i) w[i] = load<Words>(weights + k * TILE_OUTPUTS + i * LANES);
+    UNROLL for (int t = 0; t < T; ++t) {
+      const Words same = in_register(Words{} + load<uint32_t>(x + t * ldx + 2 * k));
+      UNROLL for (int i = 0; i < TILE_VECTORS; ++i) own[t][i] = add_pairs(own[t][i], w[i], same);
+    }
+  }
+  UNROLL for (int i = 0; i < TILE_VECTORS; ++i) {
+    const Floats scale = load<Floats>(scales + i * LANES), low = load<Floats>(lows + i * LANES);
+    UNROLL for (int t = 0; t < T; ++t) {
+      float* at = sums + t * PANEL_OUTPUTS + i * LANES;
+      Floats sum = first ? Floats{} : load<Floats>(at);
+      sum += __builtin_convertvector(own[t][i], Floats) * (scale * x_scale[t * blocks]);
+      store(at, sum + low * x_sum[t * blocks]);
+    }
+  }
+}
+
+// The product with a packed block of `depth` inputs from k on.
+inline void multiply_words(const Matrix& m, const PanelInputs& in, int64_t row, int64_t rows, int64_t k, int64_t depth,
+                           const PanelScratch& scratch) {
+  const int64_t padded = in.codes.padded, blocks = in.codes.blocks;
+  for (int64_t r = 0; r < rows; r += TILE_ROWS)
+    for (int64_t side = 0; side < PANEL_OUTPUTS; side += TILE_OUTPUTS)
+      for (int64_t i = 0; i < depth; i += m.group) {
+        const uint32_t* w = (const uint32_t*)scratch.weights + side * depth / 2 + i / 2 * TILE_OUTPUTS;
+        const int64_t g = i / m.group, own = (row + r) * blocks + k / m.group + g;
+        const float *scales = scratch.scales + g * PANEL_OUTPUTS + side, *lows = scratch.lows + g * PANEL_OUTPUTS + side;
+        const int16_t* x = in.words + (row + r) * padded + k + i;
+        const float *x_scale = in.codes.q_scale + own, *x_sum = in.codes.q_sum + own;
+        float* sums = scratch.sums + r * PANEL_OUTPUTS + side;
+        const bool first = k + i == 0;
+        const int count = int(rows - r < TILE_ROWS ? rows - r : TILE_ROWS);
+#define ROWS(T) \
+  case T: multiply_group<T>(w, scales, lows, x, padded, m.group, x_scale, x_sum, blocks, sums, first); break;
+        switch (count) {
+          ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+        }
+#undef ROWS
+      }
+}
+#endif
+
 // scratch.sums = the outputs [first, first + PANEL_OUTPUTS) of `count` (at most PANEL_ROWS) rows of inputs from `row` on,
 // with the bias. Columns beyond the last output are undefined.
 inline void panel_sums(const Matrix& m, const PanelInputs& in, int64_t first, int64_t row, int64_t count,
@@ -208,11 +352,20 @@ inline void panel_sums(const Matrix& m, const PanelInputs& in, int64_t first, in
                       (char*)(scratch.sums - first), F32, PANEL_OUTPUTS);
   }
 #endif
-  for (int64_t k = 0; k < m.inputs; k += PANEL_DEPTH) {
-    const int64_t depth = m.inputs - k < PANEL_DEPTH ? m.inputs - k : PANEL_DEPTH;
-    if (scratch.packed != &m || scratch.packed_first != first || scratch.packed_k != k)
-      pack_floats(m, first, k, depth, scratch);
+  const bool words = reads_int16(m);
+  const int64_t inputs = words ? round_up(m.inputs, RUN) : m.inputs;
+  for (int64_t k = 0; k < inputs; k += PANEL_DEPTH) {
+    const int64_t depth = inputs - k < PANEL_DEPTH ? inputs - k : PANEL_DEPTH;
+    const bool packed = scratch.packed == &m && scratch.packed_first == first && scratch.packed_k == k;
     scratch.packed = &m, scratch.packed_first = first, scratch.packed_k = k;
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if (words) {
+      if (!packed) pack_words(m, first, k, depth, scratch);
+      multiply_words(m, in, row, count, k, depth, scratch);
+      continue;
+    }
+#endif
+    if (!packed) pack_floats(m, first, k, depth, scratch);
     multiply_tiles(scratch.weights, in.x + row * in.ldx + k, in.ldx, count, depth, scratch.sums, k == 0);
   }
   if (!m.bias) return;

@@ -7,7 +7,7 @@
 
 #include <utility>
 
-#if defined(__AVX512VNNI__) || defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
