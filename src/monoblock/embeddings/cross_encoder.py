@@ -27,7 +27,6 @@ from monoblock.embeddings.transformer import Transformer
 from monoblock.pipelines.arrays import softmax
 from monoblock.pipelines.progress import with_progress_bar
 
-
 OWNER = "cross-encoder"  # of names on the hub without one
 
 
@@ -99,6 +98,7 @@ class CrossEncoder(ModuleSequence):
             "device": device,
         }
         classifier = _read(name, hub, settings, given)
+        classifier.adapter.to(device)
         self.modules = [classifier]
         if max_length is not None:
             self.max_seq_length = max_length
@@ -281,13 +281,14 @@ class CrossEncoder(ModuleSequence):
             raise ValueError(
                 f"activation_fn={self.activation_fn!r} cannot be saved: use one of {', '.join(ACTIVATIONS)}"
             )
+        self.write(Path(path))
+
+    def write(self, folder: Path) -> None:
+        """Write all files."""
         part = "linear" if self.activation_fn == "Identity" else "activation"
-        extra = {
-            "activation_fn": f"torch.nn.modules.{part}.{self.activation_fn}",
-            "prompts": self.prompts,
-            "default_prompt_name": self.default_prompt_name,
-        }
-        save(self, path, "CrossEncoder", extra)
+        named = isinstance(self.activation_fn, str)
+        extra = {"activation_fn": f"torch.nn.modules.{part}.{self.activation_fn}" if named else None}
+        save(self, folder, "CrossEncoder", extra)
 
     save = save_pretrained
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,8 +109,7 @@ class SentenceTransformer(ModuleSequence):
                     raise ValueError(f"{argument} has no effect on modules: load the model with it")
             self.modules = list(modules)
         _check(self.modules)
-        if modules is not None:
-            self.transformer.adapter.to(device)
+        self.transformer.adapter.to(device)
         self._place()
         stored = {"query": "", "document": "", **settings.prompts}
         default = settings.default_prompt_name if default_prompt_name is None else default_prompt_name
@@ -360,22 +358,16 @@ class SentenceTransformer(ModuleSequence):
             raise ValueError("model cards are not written: leave out model_name and create_model_card")
         if not safe_serialization:
             raise ValueError("safe_serialization=False is not supported: weights are written as safetensors")
-        extra: dict[str, Any] = {
-            "prompts": self.prompts,
-            "default_prompt_name": self.default_prompt_name,
-            "similarity_fn_name": self._similarity,
-        }
+        self.write(Path(path))
+
+    def write(self, folder: Path) -> None:
+        """Write all files."""
+        extra: dict[str, Any] = {"similarity_fn_name": self._similarity}
         if self.truncate_dim is not None:
             extra["truncate_dim"] = self.truncate_dim
-        save(self, path, "SentenceTransformer", extra)
+        save(self, folder, "SentenceTransformer", extra)
 
     save = save_pretrained
-
-    def __copy__(self) -> SentenceTransformer:
-        made = object.__new__(type(self))
-        made.__dict__.update(self.__dict__)
-        made.modules = [copy.copy(module) for module in self.modules]
-        return made
 
 
 def _read(name: Any, hub: HubOptions, settings: files.ModelSettings, given: dict[str, Any]) -> list[Any]:

@@ -153,7 +153,7 @@ class EmbeddingAdapter(Adapter):
         """Move a parameter to the model's device and dtype, in place."""
         parameter.data = parameter.data.to(self.device, self.dtype)
 
-    def parameters(self) -> Iterator[tuple[str, Any]]:
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """The model's parameters by name."""
         return self.model.named_parameters()
 
