@@ -42,6 +42,10 @@ class Classifier(Transformer):
         "module_output_name": "scores",
     }
 
+    def get_config_dict(self) -> dict[str, Any]:
+        """The content of sentence_bert_config.json, with the keys by which the package finds the head."""
+        return {**super().get_config_dict(), **self.fixed}
+
 
 class CrossEncoder(ModuleSequence):
     """Scores pairs of texts, with the interface of the package sentence-transformers.
