@@ -62,7 +62,12 @@ def test_pooling_is_independent_of_the_batch(
 def test_modules_are_independent_of_the_batch(width: int, count: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     x = random.standard_normal((count, width)).astype(np.float32)
-    for module in (Dense(width, 5), LayerNorm(width), Normalize(), Dense(width, 1, activation_function="GELU")):
+    for module in (
+        Dense(width, 5),
+        LayerNorm(width),
+        Normalize(),
+        Dense(width, 1, activation_function="GELU"),
+    ):
         together = module({"sentence_embedding": x})["sentence_embedding"]
         for i in range(count):
             alone = module({"sentence_embedding": x[i : i + 1].copy()})["sentence_embedding"]

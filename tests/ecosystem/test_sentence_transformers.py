@@ -39,7 +39,12 @@ def chain(library: Any, transformer: Any, mode: Any, dense: bool) -> list[Any]:
     return found
 
 
-VARIANTS = [("mean", True), ("cls", False), (("cls", "max"), False), (("lasttoken", "weightedmean", "max"), False)]
+VARIANTS = [
+    ("mean", True),
+    ("cls", False),
+    (("cls", "max"), False),
+    (("lasttoken", "weightedmean", "max"), False),
+]
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
@@ -50,7 +55,10 @@ def test_folders(tmp_path: Path, family: str, mode: Any, dense: bool) -> None:
     settings = {"prompts": cases.PROMPTS, "default_prompt_name": "passage", "similarity_fn_name": "dot"}
     made = {
         "ours": monoblock.SentenceTransformer(
-            modules=chain(ours, ours.Transformer(source), mode, dense), truncate_dim=9, device="cpu", **settings
+            modules=chain(ours, ours.Transformer(source), mode, dense),
+            truncate_dim=9,
+            device="cpu",
+            **settings,
         ),
         "theirs": package.SentenceTransformer(
             modules=chain(theirs, theirs.Transformer(str(source)), mode, dense),
@@ -82,7 +90,11 @@ def test_cross_encoder_folders(tmp_path: Path, labels: int) -> None:
         folder = tmp_path / writer.__name__
         model.save_pretrained(str(folder))
         for reader in (package, monoblock):
-            near(reader.CrossEncoder(str(folder), device="cpu").predict(cases.PAIRS), model.predict(cases.PAIRS), 3e-6)
+            near(
+                reader.CrossEncoder(str(folder), device="cpu").predict(cases.PAIRS),
+                model.predict(cases.PAIRS),
+                3e-6,
+            )
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
@@ -108,7 +120,10 @@ def test_our_models_as_modules_of_the_package(tmp_path: Path, family: str) -> No
 @pytest.mark.parametrize("name", [None, *(name for name in ("cosine", "dot", "euclidean", "manhattan"))])
 def test_similarities(tmp_path: Path, name: str | None) -> None:
     source = str(cases.write(tmp_path / "source", "MPNet"))
-    models = [library.SentenceTransformer(source, similarity_fn_name=name, device="cpu") for library in (package, monoblock)]
+    models = [
+        library.SentenceTransformer(source, similarity_fn_name=name, device="cpu")
+        for library in (package, monoblock)
+    ]
     few, many = cases.vectors(5, 1), cases.vectors(9, 2)
     expected, found = (model.similarity(few, many) for model in models)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -119,7 +134,10 @@ def test_similarities(tmp_path: Path, name: str | None) -> None:
 def test_outputs(tmp_path: Path) -> None:
     """The types and shapes of every output, of one text and of several."""
     source = str(cases.write(tmp_path / "source", "MPNet"))
-    models = [library.SentenceTransformer(source, prompts=cases.PROMPTS, device="cpu") for library in (package, monoblock)]
+    models = [
+        library.SentenceTransformer(source, prompts=cases.PROMPTS, device="cpu")
+        for library in (package, monoblock)
+    ]
     calls: list[dict[str, Any]] = [
         {},
         {"convert_to_tensor": True},
@@ -134,7 +152,9 @@ def test_outputs(tmp_path: Path) -> None:
             expected, found = (model.encode(inputs, **options) for model in models)
             assert type(found) is type(expected), options
             if isinstance(expected, list):
-                assert [(type(x), x.shape, x.dtype) for x in found] == [(type(x), x.shape, x.dtype) for x in expected]
+                assert [(type(x), x.shape, x.dtype) for x in found] == [
+                    (type(x), x.shape, x.dtype) for x in expected
+                ]
             else:
                 assert (found.shape, found.dtype) == (expected.shape, expected.dtype), options
         for method in ("encode_query", "encode_document"):
