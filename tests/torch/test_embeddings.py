@@ -9,13 +9,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import embedding_checks as checks
 import embedding_models as cases
 import numpy as np
 import pytest
 import torch
+from embedding_checks import ATOL, RECORDED, SCORES, near
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import monoblock
 from monoblock import CrossEncoder, SentenceTransformer, util
+from monoblock.backends.pytorch import embedding_adapter
 from monoblock.embeddings import (
     Dense,
     LayerNorm,
@@ -27,10 +32,6 @@ from monoblock.embeddings import (
 )
 from monoblock.errors import CheckpointError
 
-ATOL = 1e-6  # of vectors of length 1, float32; measured: 5e-7
-SCORES = 3e-6  # of logits, which are differences of larger numbers; measured: 1.8e-6
-RECORDED = np.load(cases.RECORDED)
-
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -38,37 +39,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: cases.write(root / family, family) for family in cases.FAMILIES}
 
 
-def module(kind: str, *arguments: Any) -> Any:
-    if kind == "Dense":
-        return Dense(cases.WIDTH, cases.OUT, True, arguments[0], *cases.dense_weights())
-    if kind == "LayerNorm":
-        made = LayerNorm(cases.WIDTH)
-        made.weight, made.bias = cases.norm_weights()
-        return made
-    return Normalize()
-
-
 def built(folders: dict[str, Path], case: cases.Case, **options: Any) -> SentenceTransformer:
-    modules = [
-        Transformer(folders[case["family"]]),
-        Pooling(cases.WIDTH, case["mode"], case["include_prompt"]),
-        *(module(*one) for one in case["after"]),
-    ]
-    return SentenceTransformer(modules=modules, prompts=cases.PROMPTS, device="cpu", **options)
-
-
-def assert_close(found: Any, expected: np.ndarray, atol: float = ATOL) -> None:
-    """Equal within `atol`, relative to the length of each vector, as far as it is more than 1."""
-    assert found.dtype == np.float32 and found.shape == expected.shape
-    length = np.maximum(np.sqrt(np.square(expected).sum(-1, keepdims=True)), 1)
-    np.testing.assert_allclose(found / length, expected / length, rtol=0, atol=atol)
+    return checks.built(folders[case["family"]], case, "pt", device="cpu", **options)
 
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_recorded(folders: dict[str, Path], name: str) -> None:
     case = cases.CASES[name]
     found = built(folders, case).encode(cases.TEXTS, batch_size=3, **case["encode"])
-    assert_close(found, RECORDED[f"encode/{name}"])
+    near(found, RECORDED[f"encode/{name}"])
 
 
 @pytest.mark.parametrize("name", cases.SCORES)
@@ -77,7 +56,7 @@ def test_recorded_scores(tmp_path: Path, name: str) -> None:
     folder = cases.write(tmp_path / "model", family, "ForSequenceClassification", num_labels=labels)
     found = CrossEncoder(folder, device="cpu").predict(cases.PAIRS, batch_size=2, **options)
     expected = RECORDED[f"predict/{name}"]
-    assert_close(found.reshape(len(cases.PAIRS), -1), expected.reshape(len(cases.PAIRS), -1), SCORES)
+    near(found.reshape(len(cases.PAIRS), -1), expected.reshape(len(cases.PAIRS), -1), SCORES)
 
 
 # ---------------------------------------------------------------------------- encode
@@ -117,6 +96,64 @@ def test_small_chunks(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatc
     expected = model.encode(cases.TEXTS)
     monkeypatch.setattr(encoding, "TEXTS", 2)
     np.testing.assert_allclose(model.encode(cases.TEXTS, batch_size=3), expected, atol=ATOL)
+
+
+def packed_one_by_one(calls: list[int]) -> Any:
+    """A `packed_states` that runs each text alone; `calls` gets the number of tokens of each call."""
+
+    def states(model: Any, ids: Any) -> Any:
+        calls.append(sum(map(len, ids)))
+        return torch.cat([model(torch.tensor([row]))[0][0] for row in ids])
+
+    return states
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    texts=st.lists(
+        st.lists(st.sampled_from(["the", " cat", "ß", " a"]), max_size=30).map("".join),
+        min_size=1,
+        max_size=8,
+    ),
+    batch_size=st.integers(1, 9),
+)
+def test_packed_texts_are_independent_of_the_batch(
+    folders: dict[str, Path], texts: list[str], batch_size: int
+) -> None:
+    """If the hidden states are, a text's vector has the same bits alone and in any batch."""
+    calls: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding_adapter, "packed_states", packed_one_by_one(calls))
+        model = built(folders, cases.CASES["dense-normalize"])
+        together = model.encode(texts, batch_size=batch_size)
+        assert max(calls) <= batch_size * cases.LENGTH
+        for text, vector in zip(texts, together, strict=True):
+            assert model.encode(text).tobytes() == vector.tobytes()
+
+
+def test_batches_of_packed_texts(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch has up to batch_size * max_seq_length tokens; all outputs are those of padded batches."""
+    model = built(folders, cases.CASES["without-prompt-mean"])
+    texts = ["a", *cases.TEXTS] * 40
+    expected = [
+        model.encode(texts, output_value=kind, prompt="on ")
+        for kind in ("sentence_embedding", "token_embeddings")
+    ]
+    calls: list[int] = []
+    monkeypatch.setattr(embedding_adapter, "packed_states", packed_one_by_one(calls))
+    found = [
+        model.encode(texts, output_value=kind, prompt="on ")
+        for kind in ("sentence_embedding", "token_embeddings")
+    ]
+    near(found[0], expected[0])
+    for one, other in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    half = calls[: len(calls) // 2]
+    assert len(half) == -(-sum(half) // (32 * cases.LENGTH)) > 2
+    # A model without this path stays with batches of batch_size rows.
+    monkeypatch.setattr(embedding_adapter, "packed_states", lambda model, ids: calls.append(-len(ids)))
+    near(model.encode(texts, prompt="on "), expected[0])
+    assert [call for call in calls if call < 0][1:] == []
 
 
 def test_token_embeddings(folders: dict[str, Path]) -> None:
@@ -211,14 +248,14 @@ def test_lower_case(folders: dict[str, Path]) -> None:
 def test_progress_bar(model: SentenceTransformer, capfd: pytest.CaptureFixture[str]) -> None:
     """By default only if the logger logs INFO."""
     logger = logging.getLogger("monoblock")
-    for level, given, shown in (
+    for level, wanted, shown in (
         (logging.WARNING, None, False),
         (logging.INFO, None, True),
         (logging.WARNING, True, True),
     ):
         before, _ = logger.level, logger.setLevel(level)
         try:
-            model.encode(cases.TEXTS, show_progress_bar=given)
+            model.encode(cases.TEXTS, show_progress_bar=wanted)
         finally:
             logger.setLevel(before)
         assert bool(capfd.readouterr().err) == shown
@@ -265,7 +302,7 @@ def test_forward_pools_as_encode_does(folders: dict[str, Path], mode: str) -> No
     features = model.tokenize(["search: " + text for text in cases.TEXTS])
     features["prompt_length"] = model[0].prompt_length("search: ")
     found = model(features)["sentence_embedding"].detach().numpy()
-    assert_close(found, RECORDED[f"encode/without-prompt-{mode}"])
+    near(found, RECORDED[f"encode/without-prompt-{mode}"])
 
 
 def test_dtypes(folders: dict[str, Path]) -> None:
@@ -423,7 +460,7 @@ def test_a_folder_without_modules(folders: dict[str, Path], caplog: pytest.LogCa
     model = SentenceTransformer(folders["MPNet"], device="cpu")
     [record] = [r for r in caplog.records if "modules.json" in r.getMessage()]
     assert "pooled with pooling_mode='mean'" in record.getMessage()
-    assert_close(model.encode(cases.TEXTS), RECORDED["encode/MPNet-mean"])
+    near(model.encode(cases.TEXTS), RECORDED["encode/MPNet-mean"])
 
 
 def test_a_causal_language_model(tmp_path: Path) -> None:
