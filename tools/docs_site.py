@@ -62,6 +62,7 @@ API = {
         ],
     ),
     "pipelines": ("Pipelines", ["monoblock.pipelines"]),
+    "embeddings": ("Sentence embeddings", ["monoblock.embeddings"]),
     "outputs": ("Outputs", ["monoblock.outputs"]),
     "errors": ("Errors", ["monoblock.errors"]),
 }
@@ -78,6 +79,23 @@ OUTPUTS = (
     "MultipleChoiceModelOutput",
     "OpenAIGPTDoubleHeadsModelOutput",
 )
+EMBEDDING_FUNCTIONS = (
+    "semantic_search",
+    "paraphrase_mining",
+    "paraphrase_mining_embeddings",
+    "community_detection",
+    "cos_sim",
+    "dot_score",
+    "euclidean_sim",
+    "manhattan_sim",
+    "pairwise_cos_sim",
+    "pairwise_dot_score",
+    "pairwise_euclidean_sim",
+    "pairwise_manhattan_sim",
+    "normalize_embeddings",
+    "truncate_embeddings",
+    "quantize_embeddings",
+)
 # The classes that the others of a page derive from, which come first.
 FIRST = {
     "PreTrainedModel",
@@ -89,6 +107,19 @@ FIRST = {
 # Objects outside of the package's top level that the documents describe.
 FURTHER = {
     "pipelines": ["monoblock.pipelines.KeyDataset"],
+    "embeddings": [
+        *(
+            f"monoblock.embeddings.{path}"
+            for path in (
+                "transformer.Transformer",
+                "modules.Pooling",
+                "modules.Dense",
+                "modules.LayerNorm",
+                "modules.Normalize",
+            )
+        ),
+        *(f"monoblock.util.{name}" for name in EMBEDDING_FUNCTIONS),
+    ],
     "outputs": [f"monoblock.outputs.{name}" for name in OUTPUTS],
     "tools": [
         "monoblock.demo.path",

@@ -27,7 +27,6 @@ from monoblock.embeddings.transformer import Transformer
 from monoblock.pipelines.arrays import softmax
 from monoblock.pipelines.progress import with_progress_bar
 
-
 OWNER = "cross-encoder"  # of names on the hub without one
 
 
@@ -42,6 +41,24 @@ class Classifier(Transformer):
         "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
         "module_output_name": "scores",
     }
+
+    @staticmethod
+    def settle(config: Any, given: Mapping[str, Any]) -> None:
+        """One label for a model without such a head; ValueError for a causal language model without num_labels."""
+        names = config.architectures or [""]
+        if "num_labels" not in given and names[0].endswith("ForCausalLM"):
+            raise ValueError(
+                f"{names[0]} as a CrossEncoder, scored by its logits of two tokens, is not supported: use a model "
+                "with a sequence classification head, or pass num_labels= to initialise one"
+            )
+        if "num_labels" not in given and not any(
+            name.endswith("ForSequenceClassification") for name in names
+        ):
+            config.num_labels = 1
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The content of sentence_bert_config.json, with the keys by which the package finds the head."""
+        return {**super().get_config_dict(), **self.fixed}
 
 
 class CrossEncoder(ModuleSequence):
@@ -99,6 +116,7 @@ class CrossEncoder(ModuleSequence):
             "device": device,
         }
         classifier = _read(name, hub, settings, given)
+        classifier.adapter.to(device)
         self.modules = [classifier]
         if max_length is not None:
             self.max_seq_length = max_length
@@ -281,13 +299,14 @@ class CrossEncoder(ModuleSequence):
             raise ValueError(
                 f"activation_fn={self.activation_fn!r} cannot be saved: use one of {', '.join(ACTIVATIONS)}"
             )
+        self.write(Path(path))
+
+    def write(self, folder: Path) -> None:
+        """Write all files."""
         part = "linear" if self.activation_fn == "Identity" else "activation"
-        extra = {
-            "activation_fn": f"torch.nn.modules.{part}.{self.activation_fn}",
-            "prompts": self.prompts,
-            "default_prompt_name": self.default_prompt_name,
-        }
-        save(self, path, "CrossEncoder", extra)
+        named = isinstance(self.activation_fn, str)
+        extra = {"activation_fn": f"torch.nn.modules.{part}.{self.activation_fn}" if named else None}
+        save(self, folder, "CrossEncoder", extra)
 
     save = save_pretrained
 

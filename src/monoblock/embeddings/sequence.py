@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ class ModuleSequence:
     def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """The parameters of all modules by name: "0.auto_model....", "2.linear.weight"."""
         for index, module in enumerate(self):
-            for name, value in module.parameters():
+            for name, value in module.named_parameters():
                 yield f"{index}.{name}", value
 
     def parameters(self) -> Iterator[Any]:
@@ -213,6 +214,10 @@ class ModuleSequence:
     # ------------------------------------------------------------------ pools
 
     method = ""  # that a pool's processes call
+
+    def write(self, folder: Path) -> None:
+        """Write all files, which the class's constructor reads."""
+        raise NotImplementedError
 
     def loading(self) -> dict[str, Any]:
         """The constructor's arguments with which a process of a pool reads the saved model."""
@@ -241,24 +246,30 @@ class ModuleSequence:
         **options: Any,
     ) -> list[Any]:
         """The results of the inputs' chunks."""
-        own = self.start_multi_process_pool(device) if pool is None else None
-        used: dict[str, Any] = own or pool
+        if pool is not None:
+            with progress(len(inputs), shown) as advance:
+                return processes.run(pool, inputs, options, chunk_size, advance)
+        own = self.start_multi_process_pool(device)
         try:
-            return processes.run(used, inputs, options, chunk_size, _bar(len(inputs), shown))
+            return self._in_pool(inputs, own, None, chunk_size, shown, **options)
         finally:
-            if own is not None:
-                self.stop_multi_process_pool(own)
+            self.stop_multi_process_pool(own)
 
 
-def _bar(total: int, shown: bool) -> Any:
-    """A function that advances a progress bar, which ends at `total`."""
+@contextlib.contextmanager
+def progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A function that advances a progress bar by a number of inputs."""
     steps = with_progress_bar(iter(range(total)), total, shown)
 
     def advance(count: int) -> None:
         for _ in range(count):
             next(steps, None)
 
-    return advance
+    try:
+        yield advance
+    finally:
+        if isinstance(steps, Generator):
+            steps.close()
 
 
 def shows_bar(wanted: bool | None) -> bool:
@@ -291,9 +302,8 @@ def check_backend(backend: Any, trust_remote_code: Any) -> None:
         raise ValueError("trust_remote_code=True is not supported: code in a model's folder is never run")
 
 
-def save(model: ModuleSequence, path: str | Path, kind: str, extra: Mapping[str, Any]) -> None:
+def save(model: ModuleSequence, folder: Path, kind: str, extra: Mapping[str, Any]) -> None:
     """Write the modules, modules.json and config_sentence_transformers.json."""
-    folder = Path(path)
     if folder.is_file():
         raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
@@ -303,7 +313,13 @@ def save(model: ModuleSequence, path: str | Path, kind: str, extra: Mapping[str,
         module.save(folder / inner)
         name = "Transformer" if index == 0 else module.folder
         entries.append({"idx": index, "name": str(index), "path": inner, "type": SAVED_PATH + name})
-    settings = {"model_type": kind, "__version__": files.versions(), **extra}
+    settings = {
+        "model_type": kind,
+        "__version__": files.versions(),
+        "prompts": model.prompts,
+        "default_prompt_name": model.default_prompt_name,
+        **extra,
+    }
     with staged(folder) as stage:
         stage.write("modules.json", files.as_json(entries))
         stage.write(files.CONFIG, files.as_json(settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,7 +18,9 @@ from monoblock.embeddings.files import TRANSFORMER, as_json, check_keys, read_tr
 from monoblock.field_types import checked
 from monoblock.pipelines import frameworks
 
-NO_LIMIT = 10**20  # a larger model_max_length of a tokenizer stands for an unknown one
+log = logging.getLogger("monoblock")
+
+NO_LIMIT = 10**20  # a model_max_length from here on stands for an unknown one
 
 Rows = list[dict[str, list[int]]]
 
@@ -73,6 +76,7 @@ class Transformer:
             config = monoblock.AutoConfig.from_pretrained(
                 model_name_or_path, **{**where, **_without_code(config_kwargs)}
             )
+            self.settle(config, config_kwargs or {})
             model = found.adapter.load(
                 getattr(monoblock, found.prefix + self.auto),
                 model_name_or_path,
@@ -102,11 +106,19 @@ class Transformer:
         self.do_lower_case = do_lower_case
         if do_lower_case:
             _lower(tokenizer)
-        limits = [tokenizer.model_max_length, model.max_positions or NO_LIMIT]
-        if max_seq_length is None and "model_max_length" not in processor:
-            tokenizer.model_max_length = min(limits)
-        elif max_seq_length is not None and "model_max_length" not in processor:
-            self.max_seq_length = max_seq_length
+        most = _positions(model)
+        limit = processor.get("model_max_length", max_seq_length)
+        if limit is None:
+            limit = min(tokenizer.model_max_length, most)
+        elif limit > most:
+            log.warning("max_seq_length=%d, but the model has %d positions: these are the limit", limit, most)
+            limit = most
+        self.max_seq_length = None if limit >= NO_LIMIT else limit
+
+    @staticmethod
+    def settle(config: Any, given: Mapping[str, Any]) -> None:
+        """Set fields of the files' config that depend on the module; `given`: fields that the caller set."""
+        del config, given
 
     @property
     def auto_model(self) -> Any:
@@ -129,7 +141,7 @@ class Transformer:
     def max_seq_length(self) -> int | None:
         """The maximum of tokens per text, special tokens included; None: unlimited."""
         limit = self.tokenizer.model_max_length
-        return None if limit is None or limit > NO_LIMIT else int(limit)
+        return None if limit is None or limit >= NO_LIMIT else int(limit)
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
@@ -139,10 +151,9 @@ class Transformer:
                 raise ValueError(
                     f"max_seq_length={value!r}: expected an integer of at least {least}, or None"
                 )
-            most = self.auto_model.max_positions
-            if most is not None and value > most:
+            if value > (most := _positions(self.auto_model)):
                 raise ValueError(f"max_seq_length={value}: the model has {most} positions")
-        self.tokenizer.model_max_length = NO_LIMIT * 10 if value is None else value
+        self.tokenizer.model_max_length = NO_LIMIT if value is None else value
 
     def get_embedding_dimension(self) -> int:
         """The width of the hidden states."""
@@ -214,9 +225,9 @@ class Transformer:
         ids = self.rows([prompt])[0][0]["input_ids"]
         return len(ids) - (bool(ids) and ids[-1] in self.tokenizer.all_special_ids)
 
-    def parameters(self) -> Iterator[tuple[str, Any]]:
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """The model's parameters by name."""
-        for name, value in self.adapter.parameters():
+        for name, value in self.adapter.named_parameters():
             yield f"auto_model.{name}", value
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -261,6 +272,12 @@ class Transformer:
     def __repr__(self) -> str:
         config = {**self.get_config_dict(), "architecture": type(self.auto_model).__name__}
         return f"Transformer({config})"
+
+
+def _positions(model: Any) -> int:
+    """The number of positions of a model, by its tables and its config."""
+    found = (model.max_positions, getattr(model.config, "max_position_embeddings", None))
+    return min((limit for limit in found if limit is not None), default=NO_LIMIT)
 
 
 def _one(name: str, value: Any, old: str, old_value: Any) -> dict[str, Any]:

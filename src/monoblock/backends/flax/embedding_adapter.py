@@ -30,7 +30,7 @@ class EmbeddingAdapter(Adapter, HostPooling):
         """A NumPy array as a JAX array."""
         return jnp.asarray(array)
 
-    def parameters(self) -> Iterator[tuple[str, Any]]:
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """The model's parameters by name."""
         for path, value in jax.tree_util.tree_leaves_with_path(self.model.params):
             yield jax.tree_util.keystr(path, simple=True, separator="."), value

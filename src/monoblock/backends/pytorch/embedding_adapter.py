@@ -141,6 +141,11 @@ class EmbeddingAdapter(Adapter):
         options = {"use_cache": False} if "use_cache" in self.accepts else {}
         return self.model(**inputs, **options)
 
+    @staticmethod
+    def without_gradients() -> Any:
+        """A context in which operations on tensors are not recorded."""
+        return torch.inference_mode()
+
     def tensor(self, array: np.ndarray) -> Tensor:
         """A NumPy array as a tensor on the model's device, in the array's dtype."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -153,7 +158,7 @@ class EmbeddingAdapter(Adapter):
         """Move a parameter to the model's device and dtype, in place."""
         parameter.data = parameter.data.to(self.device, self.dtype)
 
-    def parameters(self) -> Iterator[tuple[str, Any]]:
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """The model's parameters by name."""
         return self.model.named_parameters()
 
@@ -162,8 +167,8 @@ class EmbeddingAdapter(Adapter):
         self.model.train(mode)
 
     def joined(self, rows: Sequence[Tensor]) -> Tensor:
-        """Rows as one tensor; without rows an empty one."""
-        return torch.stack(list(rows)) if len(rows) else torch.tensor([], device=self.device)
+        """Rows as one tensor."""
+        return torch.stack(list(rows))
 
     @staticmethod
     def devices() -> list[str]:

@@ -32,6 +32,6 @@ class EmbeddingAdapter(Adapter, HostPooling):
         """A NumPy array as a tensor."""
         return tf.convert_to_tensor(array)
 
-    def parameters(self) -> Iterator[tuple[str, Any]]:
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """The model's parameters by name."""
         return ((weight.path, weight) for weight in self.model.weights)
