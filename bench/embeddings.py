@@ -1,11 +1,13 @@
 """Texts per second, accuracy and start of sentence embeddings, compared with sentence-transformers.
 
     python bench/embeddings.py --model FOLDER [--peer-python PATH [--openvino FOLDER] [--openvino-int8 FOLDER]
-        [--onnx-int8 FOLDER]] [--runs 3] [--share 1.0] [--threads N] [--only NAME,...] [--accuracy] [--start] [--json FILE]
+        [--onnx-int8 FOLDER]] [--runs 3] [--share 1.0] [--threads N] [--only NAME,...] [--accuracy] [--start]
+        [--json FILE]
 
 FOLDER is all-mpnet-base-v2, or another model of sentence-transformers. PATH is the Python of an environment with
 sentence-transformers; the other folders are the model exported there (its pages on backends say how), in the
-subfolders `openvino` and `onnx`. Every contestant runs in a process of its own, which persists, and they alternate set by set.
+subfolders `openvino` and `onnx`. Every library and form runs in a process of its own, which persists; they alternate set by
+set.
 
 The texts are docstrings of the Python standard library: 1,000 short ones (about 20 tokens), 1,000 paragraphs (about
 130), 200 long ones (384, truncated), and all of them mixed; `--share` takes that part of each set, for slow machines.
@@ -31,7 +33,11 @@ from typing import Any
 
 import numpy as np
 
-SETS = {"short": (1000, 20), "paragraphs": (1000, 130), "long": (200, 384)}  # number of texts, about so many tokens
+SETS = {
+    "short": (1000, 20),
+    "paragraphs": (1000, 130),
+    "long": (200, 384),
+}  # number of texts, about so many tokens
 WORDS_PER_TOKEN = 0.62  # of docstrings, with this tokenizer
 OURS = ("float32", "bfloat16", "int8", "int4")
 THEIRS = ("torch float32", "torch bfloat16", "OpenVINO", "OpenVINO int8", "ONNX int8")
@@ -75,7 +81,7 @@ def texts_of(share: float) -> dict[str, list[str]]:
     return {**sets, "mixed": mixed}
 
 
-# ---------------------------------------------------------------------------- contestants
+# ---------------------------------------------------------------------------- encoders
 
 
 def our_model(form: str, folder: str) -> Callable[[list[str]], Any]:
@@ -127,8 +133,8 @@ def worker(form: str, folder: str) -> None:
         print(json.dumps({"seconds": seconds}), file=answers, flush=True)
 
 
-class Contestant:
-    """A contestant's process."""
+class EncoderProcess:
+    """A encoder's process."""
 
     def __init__(self, name: str, python: str, folder: str, threads: int) -> None:
         self.name = name
@@ -228,57 +234,61 @@ def main() -> None:
         return worker(given.worker, given.model)
     if given.start:
         print(f"start to first vector: {figure([cold_start(given.model) for _ in range(given.runs)])} s")
-    folders = {name: given.model for name in OURS}
+    folders = dict.fromkeys(OURS, given.model)
     if given.peer_python:
         folders |= {"torch float32": given.model, "torch bfloat16": given.model}
-        folders |= {"OpenVINO": given.openvino, "OpenVINO int8": given.openvino_int8, "ONNX int8": given.onnx_int8}
+        folders |= {
+            "OpenVINO": given.openvino,
+            "OpenVINO int8": given.openvino_int8,
+            "ONNX int8": given.onnx_int8,
+        }
     wanted = given.only.split(",") if given.only else list(folders)
-    contestants = [
-        Contestant(name, sys.executable if name in OURS else given.peer_python, folder, given.threads)
+    encoders = [
+        EncoderProcess(name, sys.executable if name in OURS else given.peer_python, folder, given.threads)
         for name, folder in folders.items()
         if folder and name in wanted
     ]
     sets = texts_of(given.share)
-    return measure(contestants, sets, given)
+    return measure(encoders, sets, given)
 
 
-def measure(contestants: list[Contestant], sets: dict[str, list[str]], given: argparse.Namespace) -> None:
+def measure(encoders: list[EncoderProcess], sets: dict[str, list[str]], given: argparse.Namespace) -> None:
     """The tables."""
     import tempfile
 
-    rates: dict[str, dict[str, list[float]]] = {c.name: {name: [] for name in sets} for c in contestants}
+    rates: dict[str, dict[str, list[float]]] = {c.name: {name: [] for name in sets} for c in encoders}
     with tempfile.TemporaryDirectory() as scratch:
         files = {name: Path(scratch) / f"{name}.json" for name in sets}
         for name, texts in sets.items():
             files[name].write_text(json.dumps(texts))
-        for contestant in contestants:
-            contestant.ask(files["short"])
+        for encoder in encoders:
+            encoder.ask(files["short"])
         for _ in range(given.runs):
             for name, texts in sets.items():
-                for contestant in contestants:
-                    seconds = contestant.ask(files[name])
-                    rates[contestant.name][name].append(len(texts) / seconds)
-                    print(f"{name}: {contestant.name} {len(texts) / seconds:.3g}", file=sys.stderr, flush=True)
+                for encoder in encoders:
+                    seconds = encoder.ask(files[name])
+                    rates[encoder.name][name].append(len(texts) / seconds)
+                    print(f"{name}: {encoder.name} {len(texts) / seconds:.3g}", file=sys.stderr, flush=True)
         print("| texts per second | " + " | ".join(sets) + " |\n|---|" + "---|" * len(sets))
-        for contestant in contestants:
-            cells = [figure(rates[contestant.name][name]) for name in sets]
-            print(f"| {contestant.name} | " + " | ".join(cells) + " |")
-        quality = _accuracies(contestants, files, Path(scratch)) if given.accuracy else {}
+        for encoder in encoders:
+            cells = [figure(rates[encoder.name][name]) for name in sets]
+            print(f"| {encoder.name} | " + " | ".join(cells) + " |")
+        quality = _accuracies(encoders, files, Path(scratch)) if given.accuracy else {}
     if given.json:
         given.json.write_text(json.dumps({"rates": rates, "accuracy": quality}))
 
 
 def _accuracies(
-    contestants: list[Contestant], files: dict[str, Path], scratch: Path
+    encoders: list[EncoderProcess], files: dict[str, Path], scratch: Path
 ) -> dict[str, dict[str, float]]:
     vectors: dict[str, np.ndarray] = {}
-    for contestant in contestants:
+    for encoder in encoders:
         target = scratch / "vectors.npy"
-        contestant.ask(files["short"], target)
-        vectors[contestant.name] = np.load(target)
+        encoder.ask(files["short"], target)
+        vectors[encoder.name] = np.load(target)
     exact = vectors.get("torch float32", vectors.get("float32"))
     if exact is None:
-        sys.exit("--accuracy needs float32, or torch float32, among the contestants")
+        sys.exit("--accuracy needs float32, or torch float32, among the encoders")
     found = {name: accuracy(own, exact) for name, own in vectors.items()}
     columns = list(next(iter(found.values())))
     print("\n| short texts | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
