@@ -7,6 +7,7 @@ from torch import Tensor
 from monoblock.backends.tf.main_layer import MainLayer
 from monoblock import (
     demo as demo,
+    embeddings as embeddings,
     pipelines as pipelines,
     utils as utils,
 )
@@ -120,6 +121,9 @@ from monoblock.backends.tf.processors import (
 )
 from monoblock.config import (
     PretrainedConfig as PretrainedConfig,
+)
+from monoblock.embeddings import (
+    SentenceTransformer as SentenceTransformer,
 )
 from monoblock.errors import (
     CheckpointError as CheckpointError,

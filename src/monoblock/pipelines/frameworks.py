@@ -30,6 +30,11 @@ class Framework:
         """The backend's module with the class `Adapter`, which runs a model, and `load`, which loads one."""
         return importlib.import_module(f"monoblock.backends.{self.backend}.pipeline_adapter")
 
+    @property
+    def embedding_adapter(self) -> Any:
+        """The backend's module with the class `EmbeddingAdapter`, which runs a model on texts without a head."""
+        return importlib.import_module(f"monoblock.backends.{self.backend}.embedding_adapter")
+
     def missing(self) -> str | None:
         """The first of its packages that is not installed; None if all are installed."""
         return next((package for package in self.needs if not installed(package)), None)
