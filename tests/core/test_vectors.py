@@ -255,6 +255,7 @@ def test_refused_outputs(source: Path, tmp_path: Path) -> None:
     source.write_bytes(b"")
     with pytest.raises(ValueError, match="holds no text"):
         run(source, tmp_path / "x.npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
 # ---------------------------------------------------------------------------- inputs

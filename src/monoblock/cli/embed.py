@@ -94,17 +94,14 @@ def embed(
     prompts.check()
     if source == "-" and sys.stdin.isatty():
         raise typer.BadParameter("an input is needed: monoblock embed texts.txt --model MODEL --output x.npy")
-    from monoblock.checkpoint.options import HubOptions
     from monoblock.cli import encoder
-    from monoblock.vectors.identity import model_fingerprint
     from monoblock.vectors.inputs import TextInput
     from monoblock.vectors.run import started
 
     texts = TextInput(source, reading.input_format.value if reading.input_format else "", reading.text_column)
     framework = encoder.framework_of(options, "monoblock embed")
-    identity = model_fingerprint(model, HubOptions(**hub.kwargs()))
     decisive: dict[str, Any] = {
-        "--model": identity,
+        "--model": encoder.identity(model, hub),
         "--framework": framework,
         "--dtype": options.dtype.value,
         "--device": options.device,
@@ -125,6 +122,7 @@ def embed(
         else:
             console.note("loading ...")
             loaded = encoder.load(model, options, hub, framework, **_encode_options(prompts, vectors))
+            loaded.use_threads(run.threads)
             _execute(run, loaded, options.batch_size * CHUNK, _description(model, decisive, loaded))
         if run.truncated:
             console.note(
@@ -157,7 +155,7 @@ def _description(model: str, decisive: dict[str, Any], loaded: Encoder) -> dict[
 def _execute(run: Run, loaded: Encoder, chunk: int, description: dict[str, Any]) -> None:
     try:
         with _progress(run.total, run.resumed) as progress:
-            run.execute(loaded.encode, chunk, description, progress)
+            run.execute(loaded.encode, chunk, description, progress, loaded.threads)
     except KeyboardInterrupt:
         console.note(f"interrupted: {run.count:,} texts are kept; the same command continues after them")
         raise

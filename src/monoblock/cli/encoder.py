@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,13 +54,9 @@ class PromptOptions:
 class Encoder:
     """A loaded embedding model with the options of a command."""
 
-    def __init__(self, model: Any, options: dict[str, Any]) -> None:
-        self.model, self._options = model, options
-
-    @property
-    def limit(self) -> int | None:
-        """The number of tokens at which texts are truncated; None: they are not."""
-        return self.model.max_seq_length
+    def __init__(self, model: Any, framework: str, options: dict[str, Any]) -> None:
+        self.model, self._framework, self._options = model, framework, options
+        self._once = _Once()
 
     @property
     def similarity(self) -> str:
@@ -71,13 +68,53 @@ class Encoder:
         if name in self.model.prompts:
             self._options["prompt_name"] = name
 
+    @property
+    def threads(self) -> int | None:
+        """The number of PyTorch's threads; None in another framework."""
+        if self._framework != "pt":
+            return None
+        import torch
+
+        return torch.get_num_threads()
+
+    def use_threads(self, count: int | None) -> None:
+        """Use the threads of the run that is resumed: sums in another order differ in their last bits."""
+        if count is not None and count != self.threads:
+            self.model.limit_threads(count)
+
     def encode(self, texts: list[str]) -> tuple[np.ndarray, int]:
         """The vectors, [texts, width] float32, and the number of texts that were truncated."""
-        vectors = self.model.encode(texts, show_progress_bar=False, **self._options)
-        return vectors, self._truncated(texts)
+        log = logging.getLogger("monoblock")
+        log.addFilter(self._once)
+        try:
+            vectors, cut = self.model.encode(
+                texts, show_progress_bar=False, return_truncated=True, **self._options
+            )
+        finally:
+            log.removeFilter(self._once)
+        return vectors, int((cut > 0).sum())
 
-    def _truncated(self, texts: list[str]) -> int:
-        raise NotImplementedError
+
+class _Once(logging.Filter):
+    """Drops warnings of truncated texts, whose number the command reports, and repetitions of other messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        seen = record.msg in self._seen
+        self._seen.add(record.msg)
+        return not seen and "max_seq_length" not in record.msg
+
+
+def identity(model: str, hub: DownloadOptions) -> str:
+    """The fingerprint of the model's files."""
+    from monoblock.embeddings.model import hub_options
+    from monoblock.vectors.identity import model_fingerprint
+
+    name, where = hub_options(model, None, hub.revision, hub.token, hub.offline)
+    return model_fingerprint(name, where)
 
 
 def framework_of(options: EncoderOptions, what: str) -> str:
@@ -104,4 +141,4 @@ def load(model: str, options: EncoderOptions, hub: DownloadOptions, framework: s
         **quantized,
         **hub.kwargs(),
     )
-    return Encoder(loaded, {"batch_size": options.batch_size, **encode})
+    return Encoder(loaded, framework, {"batch_size": options.batch_size, **encode})

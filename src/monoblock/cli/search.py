@@ -48,9 +48,7 @@ def search(
     cosine; of a distance, its negative. Queries have the model's prompt "query" before them, if it has one.
     """
     prompts.check()
-    from monoblock.checkpoint.options import HubOptions
     from monoblock.cli import encoder
-    from monoblock.vectors.identity import model_fingerprint
     from monoblock.vectors.index import open_index
 
     found = open_index(index)
@@ -59,7 +57,7 @@ def search(
         raise typer.BadParameter(f"{index} does not tell its model: give --model")
     framework = encoder.framework_of(options, "monoblock search")
     recorded = found.description.get("fingerprint")
-    if recorded is not None and recorded != model_fingerprint(source, HubOptions(**hub.kwargs())):
+    if recorded is not None and recorded != encoder.identity(source, hub):
         console.note(f"warning: {source} is not the model, or not the version, that {index} was made with")
     loaded = encoder.load(
         source,

@@ -37,7 +37,7 @@ _VERSION = 1
 @dataclass(kw_only=True)
 class Journal:
     """What the partial files hold: `count` texts of `width` values, read from `source` (a fingerprint; None: a stream)
-    with these options; `digest` is that of the texts."""
+    with these options; `digest` is that of the texts, `threads` the number of threads of the model."""
 
     source: dict[str, Any] | None
     options: dict[str, Any]
@@ -47,6 +47,7 @@ class Journal:
     text_bytes: int = 0
     digest: str = ""
     truncated: int = 0
+    threads: int | None = None
     description: dict[str, Any] = field(default_factory=dict[str, Any])
     whole: bool = False
 
@@ -89,9 +90,8 @@ class Partial:
         return found
 
     def begin(self) -> None:
-        """Remove all partial files, the journal first, and create empty ones."""
-        for path in (self._journal, *self._files()):
-            path.unlink(missing_ok=True)
+        """Remove all partial files and create empty ones."""
+        self.clear()
         self.vectors.write_bytes(bytes(HEADER))
         self._texts.write_bytes(b"")
 
@@ -151,6 +151,11 @@ class Partial:
                 source.replace(target)
         sync(self.output.parent)
         for path in (*self._files(), self._journal):  # the journal last, as it says that the output is whole
+            path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all partial files, the journal first."""
+        for path in (self._journal, *self._files()):
             path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from monoblock.vectors.inputs import TextInput, chained, chunks
+from monoblock.vectors.inputs import STDIN, TextInput, chained, chunks
 from monoblock.vectors.outputs import output_format
 from monoblock.vectors.partial import Journal, Partial
 
@@ -46,19 +46,30 @@ class Run:
         """The number of values of a vector; 0 before the first."""
         return self._journal.width
 
+    @property
+    def threads(self) -> int | None:
+        """The number of threads that the model had; None: not known."""
+        return self._journal.threads
+
     def publish(self) -> None:
         """Complete the renames of a run that is `whole`."""
         self._partial.publish()
 
     def execute(
-        self, encode: Encode, chunk: int, description: Mapping[str, Any], progress: Callable[[int], None]
+        self,
+        encode: Encode,
+        chunk: int,
+        description: Mapping[str, Any],
+        progress: Callable[[int], None],
+        threads: int | None = None,
     ) -> None:
-        """Encode the remaining texts in chunks of `chunk`, and finish. `progress` gets the count so far.
+        """Encode the remaining texts in chunks of `chunk`, and finish. `progress` gets the count so far; `threads` is
+        that of the model, for the journal.
 
         ValueError: the input has no text, or other texts than the ones of a resumed run; a vector is not finite.
         """
         journal = self._journal
-        journal.description = dict(description)
+        journal.description, journal.threads = dict(description), threads
         stream = chunks(self._source.texts(), chunk)
         self._skip(stream)
         progress(journal.count)
@@ -99,6 +110,8 @@ def started(
     ValueError: the unfinished run has another input or other options. FileExistsError: `output` exists.
     """
     output_format(output)
+    if source.path != STDIN and not Path(source.path).exists():
+        raise FileNotFoundError(f"{source.path}: no such file")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"{output.parent} is no folder: create it, or choose another output")
     with Partial.opened(output) as partial:
@@ -115,7 +128,12 @@ def started(
             _check_same(partial, journal, source, identity, options)
             if not journal.whole:
                 partial.cut(journal)
-        yield Run(source, partial, journal, total)
+        try:
+            yield Run(source, partial, journal, total)
+        except BaseException:
+            if not journal.count:
+                partial.clear()
+            raise
 
 
 def _check_same(
