@@ -51,6 +51,7 @@ _HOME: dict[str, str] = {
     "OpenAIGPTConfig": "monoblock.families.openai_gpt",
     "PretrainedConfig": "monoblock.config",
     "pipeline": "monoblock.pipelines",
+    "CrossEncoder": "monoblock.embeddings",
     "SentenceTransformer": "monoblock.embeddings",
     "set_seed": "monoblock.seeds",
     "CheckpointError": "monoblock.errors",
@@ -181,7 +182,7 @@ _BASES_OF: dict[str, tuple[str, ...]] = {
 }
 
 # Subpackages that are imported on attribute access.
-_PACKAGES = ("demo", "embeddings", "pipelines", "utils")
+_PACKAGES = ("demo", "embeddings", "pipelines", "util", "utils")
 
 # Module of a framework -> the pip extra that installs it.
 _EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "keras": "tf"}

@@ -9,6 +9,7 @@ from monoblock import (
     demo as demo,
     embeddings as embeddings,
     pipelines as pipelines,
+    util as util,
     utils as utils,
 )
 from monoblock.outputs import (
@@ -123,6 +124,7 @@ from monoblock.config import (
     PretrainedConfig as PretrainedConfig,
 )
 from monoblock.embeddings import (
+    CrossEncoder as CrossEncoder,
     SentenceTransformer as SentenceTransformer,
 )
 from monoblock.errors import (

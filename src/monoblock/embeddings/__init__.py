@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from monoblock.embeddings.cross_encoder import CrossEncoder
+    from monoblock.embeddings.model import SentenceTransformer
+    from monoblock.embeddings.modules import Dense, LayerNorm, Normalize, Pooling
+    from monoblock.embeddings.quantization import quantize_embeddings
+    from monoblock.embeddings.transformer import Transformer
 
 _HOME = {
-    "SentenceTransformer": "model",
     "CrossEncoder": "cross_encoder",
-    "Transformer": "transformer",
-    "Pooling": "modules",
     "Dense": "modules",
     "LayerNorm": "modules",
     "Normalize": "modules",
+    "Pooling": "modules",
+    "SentenceTransformer": "model",
+    "Transformer": "transformer",
     "quantize_embeddings": "quantization",
 }
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "CrossEncoder",
     "Dense",
     "LayerNorm",

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from monoblock.embeddings.transformer import Rows, Transformer
+from monoblock.embeddings.transformer import Transformer
 
 log = logging.getLogger("monoblock")
+
+Input = str | tuple[str, str]  # a text, or a pair of texts
 
 TEXTS = 2048  # of a chunk that is tokenised at once, at most
 CHARACTERS = 10**6  # of a chunk, unless one text has more
@@ -63,8 +65,24 @@ class TextEncoder:
         names = self.transformer.tokenizer.model_input_names
         return bool(set(names) & self.transformer.adapter.accepts - {"input_ids", "attention_mask"})
 
-    def stream(self, texts: Sequence[str]) -> Iterator[Encoded]:
-        """The texts' features in batches, the longest texts first; the callable's fields count what was cut."""
+    def stream(self, texts: Sequence[Input]) -> Iterator[Encoded]:
+        """The texts' features in batches, the longest texts first; `cut` and `empty` are known at the end."""
+        for batch in self._batches(texts):
+            yield from self._states(batch)
+
+    def logits(self, texts: Sequence[Input]) -> Iterator[tuple[int, np.ndarray]]:
+        """The index of each text, and the first output of a model with a head, [labels]."""
+        self.packed = False
+        for batch in self._batches(texts):
+            if not all(map(len, batch)):
+                raise ValueError("a pair has no tokens: both of its texts are empty")
+            inputs = self.transformer.padded([text.row for text in batch])
+            yield from zip(
+                [text.index for text in batch], self.transformer.adapter.logits(inputs), strict=True
+            )
+
+    def _batches(self, texts: Sequence[Input]) -> Iterator[list[Tokenized]]:
+        """Batches of texts by decreasing number of tokens, as far as chunks of texts are tokenised together."""
         waiting: list[Tokenized] = []
         for chunk in self._tokenized(texts):
             for text in chunk:
@@ -72,30 +90,32 @@ class TextEncoder:
                     self.cut[text.index] = text.cut
             waiting = sorted([*waiting, *chunk], key=len, reverse=True)
             while self._is_full(waiting):
-                yield from self._next(waiting)
+                yield self._next(waiting)
         while waiting:
-            yield from self._next(waiting)
+            yield self._next(waiting)
 
-    def report(self, count: int) -> None:
+    def report(self, count: int, call: str = "encode") -> None:
         """Log a warning of the texts that were cut, and of those without tokens."""
         if self.cut:
             log.warning(
                 "%d of %d texts have more than max_seq_length=%s tokens: %d tokens were cut; "
-                "encode(..., return_truncated=True) gives their number for each text",
+                "%s(..., return_truncated=True) gives their number for each text",
                 len(self.cut),
                 count,
                 self.transformer.max_seq_length,
                 sum(self.cut.values()),
+                call,
             )
         if self.empty:
             log.warning("%d of %d texts have no tokens: their token states are 0", self.empty, count)
 
     # ------------------------------------------------------------------ texts to tokens
 
-    def _tokenized(self, texts: Sequence[str]) -> Iterator[list[Tokenized]]:
+    def _tokenized(self, texts: Sequence[Input]) -> Iterator[list[Tokenized]]:
         """The texts in chunks, by decreasing number of characters; some are tokenised ahead in a thread."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-        chunks = _chunks(order, [len(texts[i]) for i in order])
+        sizes = [len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts]
+        order = sorted(range(len(texts)), key=sizes.__getitem__, reverse=True)
+        chunks = _chunks(order, [sizes[i] for i in order])
         with ThreadPoolExecutor(1, thread_name_prefix="monoblock-tokenizer") as thread:
             waiting: deque[Future[list[Tokenized]]] = deque()
             for chunk in chunks:
@@ -105,8 +125,8 @@ class TextEncoder:
             while waiting:
                 yield waiting.popleft().result()
 
-    def _tokenize(self, texts: Sequence[str], chunk: list[int]) -> list[Tokenized]:
-        rows, cut = self.transformer.rows([self.prompt + texts[i] for i in chunk])
+    def _tokenize(self, texts: Sequence[Input], chunk: list[int]) -> list[Tokenized]:
+        rows, cut = self.transformer.rows([_prompted(texts[i], self.prompt) for i in chunk])
         return [Tokenized(*item) for item in zip(chunk, rows, cut, strict=True)]
 
     # ------------------------------------------------------------------ tokens to vectors
@@ -116,26 +136,26 @@ class TextEncoder:
             return sum(map(len, waiting)) > self.budget
         return len(waiting) >= self.batch_size
 
-    def _next(self, waiting: list[Tokenized]) -> Iterator[Encoded]:
-        """Remove the next batch from the front of the list, and run it."""
-        if not len(waiting[-1]):  # by decreasing length: all texts without tokens are at the end
-            first = next(i for i, text in enumerate(waiting) if not len(text))
-            batch = waiting[first:]
-            del waiting[first:]
-            yield self._without_tokens(batch)
-            return
-        if self.packed:
-            count = _within(self.budget, [len(text) for text in waiting])
-            states = self.transformer.adapter.packed([text.row["input_ids"] for text in waiting[:count]])
+    def _next(self, waiting: list[Tokenized]) -> list[Tokenized]:
+        """Remove the next batch from the front of the list."""
+        count = _within(self.budget, [len(text) for text in waiting]) if self.packed else self.batch_size
+        batch = waiting[:count]
+        del waiting[:count]
+        return batch
+
+    def _states(self, batch: list[Tokenized]) -> Iterator[Encoded]:
+        """The features of a batch; texts without tokens, which are at its end, do not run through the model."""
+        full = [text for text in batch if len(text)]
+        if len(full) < len(batch):
+            yield self._without_tokens(batch[len(full) :])
+        if full and self.packed:
+            states = self.transformer.adapter.packed([text.row["input_ids"] for text in full])
             if states is not None:
-                batch = waiting[:count]
-                del waiting[:count]
-                yield from self._packed(batch, states)
+                yield from self._packed(full, states)
                 return
             self.packed = False
-        batch = waiting[: self.batch_size]
-        del waiting[: self.batch_size]
-        yield self._padded(batch)
+        for start in range(0, len(full), self.batch_size):
+            yield self._padded(full[start : start + self.batch_size])
 
     def _packed(self, batch: list[Tokenized], states: Any) -> Iterator[Encoded]:
         """Texts of equal length form an array without padding."""
@@ -201,6 +221,6 @@ def _within(budget: int, lengths: Sequence[int]) -> int:
     return len(lengths)
 
 
-def rows_of(rows: Rows, name: str) -> list[list[int]]:
-    """One input of all rows."""
-    return [row[name] for row in rows]
+def _prompted(text: Input, prompt: str) -> Input:
+    """The text, or the first text of the pair, after a prompt."""
+    return prompt + text if isinstance(text, str) else (prompt + text[0], text[1])

@@ -37,7 +37,7 @@ class Entry:
 
 
 @dataclass
-class Settings:
+class ModelSettings:
     """The content of config_sentence_transformers.json, as far as it has an effect here."""
 
     model_type: str = "SentenceTransformer"
@@ -74,11 +74,11 @@ def read_entries(name: str | Path, options: HubOptions) -> list[Entry] | None:
     return entries
 
 
-def read_settings(name: str | Path, options: HubOptions) -> Settings:
+def read_settings(name: str | Path, options: HubOptions) -> ModelSettings:
     """The settings of the whole model; the defaults without the file."""
     path = find_file(name, CONFIG, options, required=False)
     if path is None:
-        return Settings()
+        return ModelSettings()
     content = read_json(path)
 
     def value(key: str, kind: Any, default: Any = None) -> Any:
@@ -86,7 +86,7 @@ def read_settings(name: str | Path, options: HubOptions) -> Settings:
         return default if found is None else checked(path.name, key, found, kind)
 
     prompts = {key: text or "" for key, text in value("prompts", dict[str, str | None], {}).items()}
-    return Settings(
+    return ModelSettings(
         model_type=value("model_type", str, "SentenceTransformer"),
         prompts=prompts,
         default_prompt_name=value("default_prompt_name", str),

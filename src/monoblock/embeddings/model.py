@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,266 +11,28 @@ from typing import Any
 import numpy as np
 
 from monoblock.checkpoint.hub import HubOptions
-from monoblock.checkpoint.transaction import staged
 from monoblock.embeddings import files
-from monoblock.embeddings import pool as processes
 from monoblock.embeddings.encoding import Encoded, TextEncoder
-from monoblock.embeddings.modules import KINDS, SAVED_PATH, EmbeddingModule, Pooling, kind_of, ops_of
+from monoblock.embeddings.modules import KINDS, EmbeddingModule, Pooling, kind_of, ops_of
 from monoblock.embeddings.quantization import PRECISIONS, quantize_embeddings
+from monoblock.embeddings.sequence import (
+    ModuleSequence,
+    both,
+    check_backend,
+    check_call,
+    hub_options,
+    merged,
+    save,
+    shows_bar,
+)
 from monoblock.embeddings.similarity import all_pairs, of_pairs, similarity_name
 from monoblock.embeddings.transformer import Transformer
 from monoblock.pipelines.progress import with_progress_bar
 
 log = logging.getLogger("monoblock")
 
+OWNER = "sentence-transformers"  # of names on the hub without one
 OUTPUTS = ("sentence_embedding", "token_embeddings", None)
-# Names on the hub without an organisation that are not those of sentence-transformers.
-PLAIN_NAMES = ("openai-gpt",)
-# Methods of the package that are not here.
-REFUSED = {
-    "fit": "train the PyTorch model with forward(), whose results have gradients",
-    "old_fit": "train the PyTorch model with forward(), whose results have gradients",
-    "evaluate": "encode the texts and compute the measure from the vectors",
-    "push_to_hub": "save to a folder, then `hf upload REPO FOLDER`",
-    "save_to_hub": "save to a folder, then `hf upload REPO FOLDER`",
-    "compile": "compile the model: st[0].auto_model.compile()",
-    "add_adapter": "use the model's: st[0].auto_model.add_adapter(...)",
-    "load_adapter": "use the model's: st[0].auto_model.load_adapter(...)",
-}
-
-
-class ModuleSequence:
-    """Modules in order, of which the first is a `Transformer`: what `SentenceTransformer` and `CrossEncoder` share."""
-
-    modules: list[Any]
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.modules)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.modules[index]
-
-    def __getattr__(self, name: str) -> Any:
-        if name in REFUSED:
-            raise NotImplementedError(f"{type(self).__name__} has no {name}: {REFUSED[name]}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __repr__(self) -> str:
-        lines = [f"  ({index}): {module!r}" for index, module in enumerate(self)]
-        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
-
-    # ------------------------------------------------------------------ the transformer
-
-    @property
-    def transformer(self) -> Any:
-        """The first module."""
-        return self.modules[0]
-
-    @property
-    def transformers_model(self) -> Any:
-        """The model of the first module."""
-        return self.transformer.auto_model
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the first module."""
-        return self.transformer.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self.transformer.tokenizer = tokenizer
-
-    processor = tokenizer
-
-    @property
-    def config(self) -> Any:
-        """The model's config."""
-        return self.transformer.config
-
-    @property
-    def max_seq_length(self) -> int | None:
-        """The maximum of tokens per text, special tokens included; None: unlimited."""
-        return self.transformer.max_seq_length
-
-    @max_seq_length.setter
-    def max_seq_length(self, value: int | None) -> None:
-        self.transformer.max_seq_length = value
-
-    def get_max_seq_length(self) -> int | None:
-        """The maximum of tokens per text."""
-        return self.max_seq_length
-
-    def tokenize(self, texts: Sequence[Any], **options: Any) -> dict[str, Any]:
-        """The inputs of `forward` for texts: arrays of the framework, padded and truncated."""
-        return self.transformer.tokenize(texts, **options)
-
-    preprocess = tokenize
-
-    def forward(self, features: Mapping[str, Any]) -> dict[str, Any]:
-        """The features [texts, tokens, ...] with the results of all modules; with gradients on PyTorch."""
-        found = dict(features)
-        for module in self:
-            found = module(found)
-        return found
-
-    def __call__(self, features: Mapping[str, Any]) -> dict[str, Any]:
-        return self.forward(features)
-
-    # ------------------------------------------------------------------ device and dtype
-
-    @property
-    def device(self) -> Any:
-        """The model's device."""
-        return self.transformer.adapter.device
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the model's weights."""
-        return self.transformer.adapter.dtype
-
-    def to(self, device: Any = None, dtype: Any = None) -> Any:
-        """Move the model and the other modules to a device, or convert them to a dtype of PyTorch."""
-        if dtype is None and str(device).startswith("torch.") and not hasattr(device, "type"):
-            device, dtype = None, device
-        if device is not None:
-            self.transformer.adapter.to(device)
-        if dtype is not None:
-            self.transformer.adapter.cast(dtype)
-        self._place()
-        return self
-
-    def half(self) -> Any:
-        """Convert to float16."""
-        return self.to(dtype="float16")
-
-    def bfloat16(self) -> Any:
-        """Convert to bfloat16."""
-        return self.to(dtype="bfloat16")
-
-    def float(self) -> Any:
-        """Convert to float32."""
-        return self.to(dtype="float32")
-
-    def cpu(self) -> Any:
-        """Move to the CPU."""
-        return self.to("cpu")
-
-    def cuda(self, device: int | None = None) -> Any:
-        """Move to a GPU."""
-        return self.to("cuda" if device is None else f"cuda:{device}")
-
-    def _place(self) -> None:
-        for module in self.modules[1:]:
-            module.place(self.transformer.adapter)
-
-    def train(self, mode: bool = True) -> Any:
-        """Enable dropout, or disable it."""
-        self.transformer.adapter.train(mode)
-        return self
-
-    def eval(self) -> Any:
-        """Disable dropout."""
-        return self.train(False)
-
-    def named_parameters(self) -> Iterator[tuple[str, Any]]:
-        """The parameters of all modules by name: "0.auto_model....", "2.linear.weight"."""
-        for index, module in enumerate(self):
-            for name, value in module.parameters():
-                yield f"{index}.{name}", value
-
-    def parameters(self) -> Iterator[Any]:
-        """The parameters of all modules."""
-        return (value for _, value in self.named_parameters())
-
-    def limit_threads(self, count: int) -> None:
-        """The number of threads of this process, for pools."""
-        self.transformer.adapter.limit_threads(count)
-
-    # ------------------------------------------------------------------ pools
-
-    method = ""  # that a pool's processes call
-
-    def loading(self) -> dict[str, Any]:
-        """The constructor's arguments with which a process of a pool reads the saved model."""
-        return {"framework": self.transformers_model.framework}
-
-    def start_multi_process_pool(self, target_devices: Sequence[str] | None = None) -> dict[str, Any]:
-        """Start processes that encode: one per device, by default per GPU, or four on the CPU.
-
-        They read the model from a temporary folder. Pass the result as `pool`, and stop it at the end.
-        """
-        devices = self.transformer.adapter.devices() if target_devices is None else list(target_devices)
-        return processes.start(self, [str(device) for device in devices], self.method)
-
-    @staticmethod
-    def stop_multi_process_pool(pool: dict[str, Any]) -> None:
-        """End the processes of `start_multi_process_pool`."""
-        processes.stop(pool)
-
-    def _in_pool(
-        self,
-        inputs: Sequence[Any],
-        pool: Any,
-        device: Any,
-        chunk_size: int | None,
-        shown: bool,
-        **options: Any,
-    ) -> list[Any]:
-        """The results of the inputs' chunks."""
-        own = self.start_multi_process_pool(device) if pool is None else None
-        try:
-            return processes.run(own or pool, inputs, options, chunk_size, _bar(len(inputs), shown))
-        finally:
-            if own is not None:
-                self.stop_multi_process_pool(own)
-
-
-def _bar(total: int, shown: bool) -> Any:
-    """A function that advances a progress bar, which ends at `total`."""
-    steps = with_progress_bar(iter(range(total)), total, shown)
-
-    def advance(count: int) -> None:
-        for _ in range(count):
-            next(steps, None)
-
-    return advance
-
-
-def shows_bar(wanted: bool | None) -> bool:
-    """Whether a progress bar is shown: by default if the logger "monoblock" logs INFO or DEBUG."""
-    return log.getEffectiveLevel() in (logging.INFO, logging.DEBUG) if wanted is None else bool(wanted)
-
-
-def hub_options(
-    name: Any, cache_folder: Any, revision: Any, token: Any, local: bool
-) -> tuple[Any, HubOptions]:
-    """The model's name, with the organisation if it has none, and the download options."""
-    if (
-        isinstance(name, str)
-        and "/" not in name
-        and not Path(name).expanduser().is_dir()
-        and name not in PLAIN_NAMES
-    ):
-        name = f"sentence-transformers/{name}"
-    folder = cache_folder or os.environ.get("SENTENCE_TRANSFORMERS_HOME")
-    return name, HubOptions(revision=revision, token=token, cache_dir=folder, local_files_only=local)
-
-
-def check_call(batch_size: Any) -> None:
-    """ValueError for an invalid batch size."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected an integer of at least 1")
-
-
-def check_backend(backend: Any, trust_remote_code: Any) -> None:
-    """ValueError for another backend than PyTorch's."""
-    if backend != "torch":
-        raise ValueError(f"backend={backend!r} is not supported; use framework='pt', 'flax' or 'tf'")
-    if trust_remote_code:
-        raise ValueError("trust_remote_code=True is not supported: code in a model's folder is never run")
 
 
 class SentenceTransformer(ModuleSequence):
@@ -326,9 +86,11 @@ class SentenceTransformer(ModuleSequence):
         check_backend(backend, trust_remote_code)
         if (model_name_or_path is None) == (modules is None):
             raise ValueError("pass a name or folder, or modules=")
-        settings = files.Settings()
+        settings = files.ModelSettings()
         if modules is None:
-            name, hub = hub_options(model_name_or_path, cache_folder, revision, token, local_files_only)
+            name, hub = hub_options(
+                model_name_or_path, cache_folder, revision, token, local_files_only, OWNER
+            )
             loading = {"dtype": dtype, "quantization_config": quantization_config}
             given = {
                 "model_kwargs": merged(model_kwargs, loading),
@@ -347,15 +109,11 @@ class SentenceTransformer(ModuleSequence):
                     raise ValueError(f"{argument} has no effect on modules: load the model with it")
             self.modules = list(modules)
         _check(self.modules)
-        if modules is not None:
-            self.transformer.adapter.to(device)
+        self.transformer.adapter.to(device)
         self._place()
-        self.prompts: dict[str, str] = {"query": "", "document": "", **settings.prompts, **(prompts or {})}
-        self.default_prompt_name = (
-            settings.default_prompt_name if default_prompt_name is None else default_prompt_name
-        )
-        if self.default_prompt_name is not None:
-            self._prompt(None, self.default_prompt_name)
+        stored = {"query": "", "document": "", **settings.prompts}
+        default = settings.default_prompt_name if default_prompt_name is None else default_prompt_name
+        self.set_prompts({**stored, **(prompts or {})}, default)
         name = settings.similarity_fn_name if similarity_fn_name is None else similarity_fn_name
         self._similarity = similarity_name(name or "cosine")
         self.truncate_dim = checked_dim(settings.truncate_dim if truncate_dim is None else truncate_dim)
@@ -414,7 +172,7 @@ class SentenceTransformer(ModuleSequence):
             )
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision!r}: expected one of {', '.join(map(repr, PRECISIONS))}")
-        text = self._prompt(prompt, prompt_name)
+        text = self.prompt_text(prompt, prompt_name)
         dim = checked_dim(self.truncate_dim if truncate_dim is None else truncate_dim)
         shown = shows_bar(show_progress_bar)
         vectors = output_value == "sentence_embedding"
@@ -477,17 +235,17 @@ class SentenceTransformer(ModuleSequence):
         self, sentences: Any = None, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Any:
         """`encode` with the prompt "query", if no other is given."""
-        if prompt_name is None and prompt is None:
+        if prompt_name is None and prompt is None and "query" in self.prompts:
             prompt_name = "query"
         return self.encode(sentences, prompt_name, prompt, **options)
 
     def encode_document(
         self, sentences: Any = None, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Any:
-        """`encode` with the first prompt of "document", "passage" and "corpus" that has a text, if no other is given."""
+        """`encode` with the first of the prompts "document", "passage" and "corpus", if no other is given."""
         if prompt_name is None and prompt is None:
             prompt_name = next(
-                (name for name in ("document", "passage", "corpus") if self.prompts.get(name)), "document"
+                (name for name in ("document", "passage", "corpus") if name in self.prompts), None
             )
         return self.encode(sentences, prompt_name, prompt, **options)
 
@@ -532,21 +290,6 @@ class SentenceTransformer(ModuleSequence):
             if "prompt_length" in batch.features:
                 features["prompt_length"] = batch.features["prompt_length"]
             yield index, features
-
-    def _prompt(self, prompt: str | None, name: str | None) -> str:
-        """The text of a prompt; "" for none."""
-        if prompt is not None:
-            if name is not None:
-                raise ValueError("prompt and prompt_name exclude each other: pass one")
-            return prompt
-        name = self.default_prompt_name if name is None else name
-        if name is None:
-            return ""
-        if name not in self.prompts:
-            raise ValueError(
-                f"there is no prompt {name!r}; the prompts are {', '.join(map(repr, self.prompts))}"
-            )
-        return self.prompts[name]
 
     # ------------------------------------------------------------------ properties
 
@@ -615,43 +358,19 @@ class SentenceTransformer(ModuleSequence):
             raise ValueError("model cards are not written: leave out model_name and create_model_card")
         if not safe_serialization:
             raise ValueError("safe_serialization=False is not supported: weights are written as safetensors")
-        extra: dict[str, Any] = {
-            "prompts": self.prompts,
-            "default_prompt_name": self.default_prompt_name,
-            "similarity_fn_name": self._similarity,
-        }
+        self.write(Path(path))
+
+    def write(self, folder: Path) -> None:
+        """Write all files."""
+        extra: dict[str, Any] = {"similarity_fn_name": self._similarity}
         if self.truncate_dim is not None:
             extra["truncate_dim"] = self.truncate_dim
-        save(self, path, "SentenceTransformer", extra)
+        save(self, folder, "SentenceTransformer", extra)
 
     save = save_pretrained
 
-    def __copy__(self) -> SentenceTransformer:
-        made = object.__new__(type(self))
-        made.__dict__.update(self.__dict__)
-        made.modules = [copy.copy(module) for module in self.modules]
-        return made
 
-
-def save(model: ModuleSequence, path: str | Path, kind: str, extra: Mapping[str, Any]) -> None:
-    """Write the modules, modules.json and config_sentence_transformers.json."""
-    folder = Path(path)
-    if folder.is_file():
-        raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    entries: list[dict[str, Any]] = []
-    for index, module in enumerate(model):
-        inner = "" if index == 0 else f"{index}_{module.folder}"
-        module.save(folder / inner)
-        name = "Transformer" if index == 0 else module.folder
-        entries.append({"idx": index, "name": str(index), "path": inner, "type": SAVED_PATH + name})
-    settings = {"model_type": kind, "__version__": files.versions(), **extra}
-    with staged(folder) as stage:
-        stage.write("modules.json", files.as_json(entries))
-        stage.write(files.CONFIG, files.as_json(settings))
-
-
-def _read(name: Any, hub: HubOptions, settings: files.Settings, given: dict[str, Any]) -> list[Any]:
+def _read(name: Any, hub: HubOptions, settings: files.ModelSettings, given: dict[str, Any]) -> list[Any]:
     """The modules of a folder or repository."""
     entries = files.read_entries(name, hub)
     if entries is not None and settings.model_type != "SentenceTransformer":
@@ -703,7 +422,7 @@ def _texts(sentences: Any, inputs: Any) -> tuple[list[str], bool]:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(
-                f"text {index} is a {type(text).__name__}: expected strings; pairs, images and messages are not supported"
+                f"text {index} is a {type(text).__name__}: expected strings; pairs and images are not supported"
             )
     return [str(text) for text in texts], single
 
@@ -713,24 +432,6 @@ def checked_dim(value: Any) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"truncate_dim={value!r}: expected an integer of at least 1, or None")
     return value
-
-
-def merged(kwargs: Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments with those that are given on their own."""
-    found = dict(kwargs or {})
-    for name, value in given.items():
-        if value is not None:
-            if name in found:
-                raise ValueError(f"{name} is given twice: as an argument and in model_kwargs")
-            found[name] = value
-    return found
-
-
-def both(name: str, value: Any, old: str, old_value: Any) -> Any:
-    """The value of an argument with two names."""
-    if value is not None and old_value is not None:
-        raise ValueError(f"{name} and {old} are the same argument: pass one")
-    return old_value if value is None else value
 
 
 def _vectors(batch: Encoded, normalize: bool, dim: int | None) -> Iterator[tuple[int, Any]]:

@@ -71,7 +71,7 @@ class EmbeddingModule:
         """The width of the results; None: that of the module before."""
         return None
 
-    def parameters(self) -> Iterator[tuple[str, Any]]:
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """The parameters by name."""
         for name in self.names:
             if (value := getattr(self, name)) is not None:
@@ -92,7 +92,7 @@ class EmbeddingModule:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = as_json(self.get_config_dict())
-        tensors = {name: np.ascontiguousarray(host(value)) for name, value in self.parameters()}
+        tensors = {name: np.ascontiguousarray(host(value)) for name, value in self.named_parameters()}
         if tensors:
             save_tensors(folder, tensors, framework="np", extra_files={"config.json": text})
         else:
@@ -106,7 +106,7 @@ class EmbeddingModule:
         module = cls.from_config(read_json(path), path)
         if module.names:
             store = open_store(find_weights(name, options), "np")
-            for key, value in list(module.parameters()):
+            for key, value in list(module.named_parameters()):
                 if key not in store:
                     raise CheckpointError(f"{path.parent}: the weights of {cls.__name__} lack {key!r}")
                 found = np.array(store.tensor(key), np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import queue
 import shutil
 import tempfile
 import traceback
@@ -24,7 +25,7 @@ def start(model: Any, devices: Sequence[str], method: str) -> Pool:
         raise ValueError("target_devices is empty: give at least one device")
     folder = Path(tempfile.mkdtemp(prefix="monoblock-pool-"))
     try:
-        model.save_pretrained(folder)
+        model.write(folder)
         # Not a fork, which would copy the locks of threads, and cannot use CUDA.
         context = multiprocessing.get_context("spawn")
         inputs, outputs = context.Queue(), context.Queue()
@@ -82,8 +83,6 @@ def run(
 
 
 def _next(pool: Pool) -> tuple[int, Any, str | None]:
-    import queue
-
     while True:
         try:
             return pool["output"].get(timeout=1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-import numpy as np
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
 
@@ -18,7 +18,9 @@ from monoblock.embeddings.files import TRANSFORMER, as_json, check_keys, read_tr
 from monoblock.field_types import checked
 from monoblock.pipelines import frameworks
 
-NO_LIMIT = 10**20  # a larger model_max_length of a tokenizer stands for an unknown one
+log = logging.getLogger("monoblock")
+
+NO_LIMIT = 10**20  # a model_max_length from here on stands for an unknown one
 
 Rows = list[dict[str, list[int]]]
 
@@ -37,8 +39,15 @@ class Transformer:
         auto: the class that selects the model's, without the framework's prefix.
     """
 
-    auto = "AutoModel"
-    output = "token_embeddings"  # the name of the model's first output in the features
+    auto: ClassVar[str] = "AutoModel"
+    output: ClassVar[str] = "token_embeddings"  # the name of the model's first output in the features
+    heads: ClassVar[tuple[str | None, ...]] = (None, "pooler")  # supported kinds of head
+    # Keys of newer configs, with the values that the module has.
+    fixed: ClassVar[Mapping[str, Any]] = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        "module_output_name": "token_embeddings",
+    }
 
     def __init__(
         self,
@@ -86,17 +95,24 @@ class Transformer:
             tokenizer = monoblock.AutoTokenizer.from_pretrained(
                 source, **{**where, **_without_code(processor)}
             )
+        if model.row.head not in self.heads:
+            raise ValueError(
+                f"{type(model).__name__} is not supported as {type(self).__name__}: its head is {model.row.head}"
+            )
         self.framework = found
         self.adapter: Any = found.embedding_adapter.EmbeddingAdapter(model)
         self.tokenizer: Any = tokenizer
         self.do_lower_case = do_lower_case
         if do_lower_case:
             _lower(tokenizer)
-        limits = [tokenizer.model_max_length, model.max_positions or NO_LIMIT]
-        if max_seq_length is None and "model_max_length" not in processor:
-            tokenizer.model_max_length = min(limits)
-        elif max_seq_length is not None and "model_max_length" not in processor:
-            self.max_seq_length = max_seq_length
+        most = _positions(model)
+        limit = processor.get("model_max_length", max_seq_length)
+        if limit is None:
+            limit = min(tokenizer.model_max_length, most)
+        elif limit > most:
+            log.warning("max_seq_length=%d, but the model has %d positions: these are the limit", limit, most)
+            limit = most
+        self.max_seq_length = None if limit >= NO_LIMIT else limit
 
     @property
     def auto_model(self) -> Any:
@@ -119,7 +135,7 @@ class Transformer:
     def max_seq_length(self) -> int | None:
         """The maximum of tokens per text, special tokens included; None: unlimited."""
         limit = self.tokenizer.model_max_length
-        return None if limit is None or limit > NO_LIMIT else int(limit)
+        return None if limit is None or limit >= NO_LIMIT else int(limit)
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
@@ -129,10 +145,9 @@ class Transformer:
                 raise ValueError(
                     f"max_seq_length={value!r}: expected an integer of at least {least}, or None"
                 )
-            most = self.auto_model.max_positions
-            if most is not None and value > most:
+            if value > (most := _positions(self.auto_model)):
                 raise ValueError(f"max_seq_length={value}: the model has {most} positions")
-        self.tokenizer.model_max_length = NO_LIMIT * 10 if value is None else value
+        self.tokenizer.model_max_length = NO_LIMIT if value is None else value
 
     def get_embedding_dimension(self) -> int:
         """The width of the hidden states."""
@@ -153,7 +168,7 @@ class Transformer:
             return {}
         limit = {"truncation": True, "max_length": self.max_seq_length} if self.max_seq_length else {}
         options = {"padding": True, **limit, "return_tensors": self.adapter.tensors, **options}
-        return dict(self.tokenizer(list(texts), **options))
+        return dict(self._encoded(texts, **options))
 
     preprocess = tokenize
 
@@ -162,13 +177,13 @@ class Transformer:
         names = [name for name in self.tokenizer.model_input_names if name in self.adapter.accepts]
         names = [name for name in names if name != "attention_mask"]
         options = {"padding": False, "return_attention_mask": False, "verbose": False}
-        encoded = self.tokenizer(list(texts), truncation=False, **options)
-        cut = [0] * len(texts)
+        encoded = self._encoded(texts, truncation=False, **options)
         columns = {name: list(encoded[name]) for name in names}
+        cut = [0] * len(texts)
         if (limit := self.max_seq_length) is not None:
             long = [i for i, ids in enumerate(columns["input_ids"]) if len(ids) > limit]
             if long:
-                shorter = self.tokenizer(
+                shorter = self._encoded(
                     [texts[i] for i in long], truncation=True, max_length=limit, **options
                 )
                 for row, i in enumerate(long):
@@ -176,6 +191,13 @@ class Transformer:
                     for name in names:
                         columns[name][i] = shorter[name][row]
         return [{name: columns[name][i] for name in names} for i in range(len(texts))], cut
+
+    def _encoded(self, texts: Sequence[Any], **options: Any) -> Any:
+        """The tokenizer's result for texts, or for pairs of texts."""
+        if texts and not isinstance(texts[0], str):
+            first, second = ([pair[i] for pair in texts] for i in range(2))
+            return self.tokenizer(first, second, **options)
+        return self.tokenizer(list(texts), **options)
 
     def padded(self, rows: Rows) -> dict[str, list[list[int]]]:
         """Rows padded to one length, with an attention mask if any is padded."""
@@ -197,9 +219,9 @@ class Transformer:
         ids = self.rows([prompt])[0][0]["input_ids"]
         return len(ids) - (bool(ids) and ids[-1] in self.tokenizer.all_special_ids)
 
-    def parameters(self) -> Iterator[tuple[str, Any]]:
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """The model's parameters by name."""
-        for name, value in self.adapter.parameters():
+        for name, value in self.adapter.named_parameters():
             yield f"auto_model.{name}", value
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -224,11 +246,11 @@ class Transformer:
             "config_args": "config_kwargs",
         }
         config = {renamed.get(key, key): value for key, value in config.items()}
-        known = ("max_seq_length", "do_lower_case", *renamed.values(), *_FIXED)
+        known = ("max_seq_length", "do_lower_case", *renamed.values(), *cls.fixed)
         if path is not None:
             check_keys(config, known, path)
             for key, value in config.items():
-                expected = getattr(cls, "fixed", _FIXED).get(key)
+                expected = cls.fixed.get(key)
                 if expected is not None and value != expected:
                     raise ValueError(f"{path}: {key}={value!r} is not supported; expected {expected!r}")
         own = {
@@ -246,12 +268,10 @@ class Transformer:
         return f"Transformer({config})"
 
 
-# Keys of newer configs, with the values that the modules here have.
-_FIXED: dict[str, Any] = {
-    "transformer_task": "feature-extraction",
-    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-    "module_output_name": "token_embeddings",
-}
+def _positions(model: Any) -> int:
+    """The number of positions of a model, by its tables and its config."""
+    found = (model.max_positions, getattr(model.config, "max_position_embeddings", None))
+    return min((limit for limit in found if limit is not None), default=NO_LIMIT)
 
 
 def _one(name: str, value: Any, old: str, old_value: Any) -> dict[str, Any]:
@@ -281,8 +301,3 @@ def _lowercasing(normalizer: Any) -> str:
     state = normalizer.__getstate__()
     text = state.decode() if isinstance(state, bytes) else str(state)
     return "Lowercase" if '"Lowercase"' in text or '"lowercase":true' in text.replace(" ", "") else ""
-
-
-def array(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Rows of equal length as int64 [rows, tokens]."""
-    return np.asarray(rows, np.int64)

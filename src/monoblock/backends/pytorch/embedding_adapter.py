@@ -13,7 +13,7 @@ from monoblock.backends.pytorch.kernels.encoder import packed_states
 from monoblock.backends.pytorch.pipeline_adapter import Adapter, found_device
 
 
-class TorchOps:
+class TensorOps:
     """`EmbeddingOps` on tensors, with gradients."""
 
     def mask(self, x_bs: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class TorchOps:
         return values.tolist(), index.tolist()
 
 
-OPS = TorchOps()
+OPS = TensorOps()
 
 
 def _like(value: Any, x: Tensor) -> Tensor:
@@ -131,6 +131,10 @@ class EmbeddingAdapter(Adapter):
         states = self.run(inputs)[0]
         return self.numpy(states) if self.on_host else states
 
+    def logits(self, inputs: Mapping[str, Any]) -> np.ndarray:
+        """The first output [texts, labels] of a model with a head, as NumPy float32."""
+        return self.numpy(self.run(inputs)[0])
+
     def outputs(self, features: Mapping[str, Any]) -> Any:
         """The model's output for tensors, with gradients if they are enabled."""
         inputs = {name: value.to(self.device) for name, value in features.items() if name in self.accepts}
@@ -149,7 +153,7 @@ class EmbeddingAdapter(Adapter):
         """Move a parameter to the model's device and dtype, in place."""
         parameter.data = parameter.data.to(self.device, self.dtype)
 
-    def parameters(self) -> Iterator[tuple[str, Any]]:
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """The model's parameters by name."""
         return self.model.named_parameters()
 
