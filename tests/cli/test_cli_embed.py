@@ -20,11 +20,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import tiny_pipelines
+import xla_test_flags
 from terminal import CTRL_C, Terminal
 
 from monoblock import SentenceTransformer, demo
 from monoblock.cli.app import command
 from monoblock.installed import installed
+from monoblock.pipelines.frameworks import FRAMEWORKS
 from monoblock.vectors.index import open_index
 
 FAKE = str(Path(__file__).parent / "fake_embedder.py")
@@ -164,6 +166,31 @@ def test_a_parquet_index_is_an_input(model: Path, source: Path, tmp_path: Path) 
     result = invoke("embed", tmp_path / "x.parquet", *fixed, "-o", tmp_path / "y.npy")
     assert result.exit_code == 0, result.stderr
     assert vectors(tmp_path / "x.parquet").tobytes() == np.load(tmp_path / "y.npy").tobytes()
+
+
+@pytest.mark.parametrize("framework", ["flax", "tf"])
+def test_other_frameworks(model: Path, reference: Any, source: Path, tmp_path: Path, framework: str) -> None:
+    if (missing := FRAMEWORKS[framework].missing()) is not None:
+        pytest.skip(f"needs {missing}")
+    args = (
+        "embed",
+        source,
+        "-m",
+        model,
+        "-o",
+        tmp_path / "x.npy",
+        "--framework",
+        framework,
+        "--device",
+        "cpu",
+    )
+    subprocess.run(
+        [sys.executable, "-m", "monoblock.cli", *map(str, args)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, **xla_test_flags.environment()},
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), reference.encode(TEXTS), atol=1e-5)
 
 
 def test_truncated_texts_are_counted_once(model: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from monoblock.cli.options import DownloadOptions
 
 if TYPE_CHECKING:
     from monoblock.cli.encoder import Encoder
-    from monoblock.vectors.run import Run
+    from monoblock.vectors.run import EmbeddingRun
 
 app = sub_app()
 
@@ -152,7 +152,7 @@ def _description(model: str, decisive: dict[str, Any], loaded: Encoder) -> dict[
     }
 
 
-def _execute(run: Run, loaded: Encoder, chunk: int, description: dict[str, Any]) -> None:
+def _execute(run: EmbeddingRun, loaded: Encoder, chunk: int, description: dict[str, Any]) -> None:
     try:
         with _progress(run.total, run.resumed) as progress:
             run.execute(loaded.encode, chunk, description, progress, loaded.threads)

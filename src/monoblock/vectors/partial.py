@@ -35,7 +35,7 @@ _VERSION = 1
 
 
 @dataclass(kw_only=True)
-class Journal:
+class RunJournal:
     """What the partial files hold: `count` texts of `width` values, read from `source` (a fingerprint; None: a stream)
     with these options; `digest` is that of the texts, `threads` the number of threads of the model."""
 
@@ -71,7 +71,7 @@ class Partial:
         with exclusive(beside(output, "partial.lock")):
             yield partial
 
-    def journal(self) -> Journal | None:
+    def journal(self) -> RunJournal | None:
         """The journal, or None. ValueError if it is damaged or does not fit the files."""
         if not self._journal.exists():
             return None
@@ -95,12 +95,12 @@ class Partial:
         self.vectors.write_bytes(bytes(HEADER))
         self._texts.write_bytes(b"")
 
-    def cut(self, journal: Journal) -> None:
+    def cut(self, journal: RunJournal) -> None:
         """Cut off what a killed process wrote after the last entry of the journal."""
         os.truncate(self.vectors, self._bytes(journal))
         os.truncate(self._texts, journal.text_bytes)
 
-    def append(self, journal: Journal, texts: Sequence[str], vectors: np.ndarray) -> None:
+    def append(self, journal: RunJournal, texts: Sequence[str], vectors: np.ndarray) -> None:
         """Append texts and their vectors, [texts, width]; `journal` has the values after them, but for `text_bytes`,
         which is set here."""
         raw = b"".join(map(text_line, texts))
@@ -112,13 +112,13 @@ class Partial:
         journal.text_bytes += len(raw)
         self.save(journal)
 
-    def save(self, journal: Journal) -> None:
+    def save(self, journal: RunJournal) -> None:
         """Replace the journal."""
         new = beside(self._journal, "new")
         _write(new, json.dumps(asdict(journal)).encode())
         new.replace(self._journal)
 
-    def finish(self, journal: Journal) -> None:
+    def finish(self, journal: RunJournal) -> None:
         """Prepare the final files and publish them."""
         counts = {"width": journal.width, "count": journal.count, "text_bytes": journal.text_bytes}
         description = {**journal.description, **counts}
@@ -162,13 +162,13 @@ class Partial:
         """All partial files but the journal."""
         return [beside(self._journal, "new"), self.vectors, self._texts, self._ready, self._index]
 
-    def _bytes(self, journal: Journal) -> int:
+    def _bytes(self, journal: RunJournal) -> int:
         return HEADER + journal.count * journal.width * 4
 
 
-def _parsed(content: dict[str, Any]) -> Journal | None:
+def _parsed(content: dict[str, Any]) -> RunJournal | None:
     try:
-        found = Journal(**content)
+        found = RunJournal(**content)
     except TypeError:
         return None
     numbers = (found.count, found.width, found.text_bytes, found.truncated)

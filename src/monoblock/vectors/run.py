@@ -11,7 +11,7 @@ import numpy as np
 
 from monoblock.vectors.inputs import STDIN, TextInput, chained, chunks
 from monoblock.vectors.outputs import output_format
-from monoblock.vectors.partial import Journal, Partial
+from monoblock.vectors.partial import Partial, RunJournal
 
 MODEL = "--model"  # the option whose value is a fingerprint
 
@@ -19,10 +19,10 @@ MODEL = "--model"  # the option whose value is a fingerprint
 Encode = Callable[[list[str]], tuple[np.ndarray, int]]
 
 
-class Run:
+class EmbeddingRun:
     """A run that is new or resumed; `total` is the number of texts if the input tells."""
 
-    def __init__(self, source: TextInput, partial: Partial, journal: Journal, total: int | None) -> None:
+    def __init__(self, source: TextInput, partial: Partial, journal: RunJournal, total: int | None) -> None:
         self._source, self._partial, self._journal = source, partial, journal
         self.resumed, self.total = journal.count, total
 
@@ -99,7 +99,7 @@ class Run:
 @contextmanager
 def started(
     source: TextInput, output: Path, options: Mapping[str, Any], *, restart: bool = False, force: bool = False
-) -> Generator[Run, None, None]:
+) -> Generator[EmbeddingRun, None, None]:
     """A run of `source` into `output`, resumed if there is an unfinished one with the same input and options.
 
     Args:
@@ -123,13 +123,13 @@ def started(
         total = None if found is None else found.total
         if journal is None:
             partial.begin()
-            journal = Journal(source=identity, options=dict(options))
+            journal = RunJournal(source=identity, options=dict(options))
         else:
             _check_same(partial, journal, source, identity, options)
             if not journal.whole:
                 partial.cut(journal)
         try:
-            yield Run(source, partial, journal, total)
+            yield EmbeddingRun(source, partial, journal, total)
         except BaseException:
             if not journal.count:
                 partial.clear()
@@ -138,7 +138,7 @@ def started(
 
 def _check_same(
     partial: Partial,
-    journal: Journal,
+    journal: RunJournal,
     source: TextInput,
     identity: dict[str, Any] | None,
     options: Mapping[str, Any],
@@ -156,11 +156,11 @@ def _check_same(
         raise ValueError(_other_input(partial, journal, source))
 
 
-def _unfinished(partial: Partial, journal: Journal) -> str:
+def _unfinished(partial: Partial, journal: RunJournal) -> str:
     return f"{partial.vectors} holds {journal.count:,} texts of a run that was begun"
 
 
-def _other_input(partial: Partial, journal: Journal, source: TextInput) -> str:
+def _other_input(partial: Partial, journal: RunJournal, source: TextInput) -> str:
     return (
         f"{_unfinished(partial, journal)} with another input: {source.name} has other texts; give the same input, or "
         "begin again with --restart"
@@ -171,7 +171,7 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else repr(value)
 
 
-def _check(vectors: np.ndarray, count: int, journal: Journal) -> None:
+def _check(vectors: np.ndarray, count: int, journal: RunJournal) -> None:
     width = journal.width or vectors.shape[-1]
     if vectors.shape != (count, width):
         raise ValueError(f"the model returned {vectors.shape} for {count} texts; expected ({count}, {width})")
