@@ -117,7 +117,7 @@ def check(output: Path, texts: Path, model: Path, count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--texts", type=int, default=1_000_000)
     parser.add_argument("--format", choices=("npy", "jsonl", "parquet"), default="npy")
     parser.add_argument("--batch-size", type=int, default=128)
