@@ -30,7 +30,8 @@ TEXTS = [
     "the cat sat on the mat",
     "a dog",
     "Grüße aus Köln, 你好 😀",
-    "the dog sat on a cat and ran to the mat again; the cat ran on and on over the mat",  # longer than LENGTH
+    "the dog sat on a cat and ran to the mat again; the cat ran on and on over the whole length of the mat, again and "
+    "again",  # longer than LENGTH
     "x",
     "the mat ran on",
     "print(f'{x!r}')\n",

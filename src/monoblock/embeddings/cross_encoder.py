@@ -42,6 +42,24 @@ class Classifier(Transformer):
         "module_output_name": "scores",
     }
 
+    @staticmethod
+    def settle(config: Any, given: Mapping[str, Any]) -> None:
+        """One label for a model without such a head; ValueError for a causal language model."""
+        names = config.architectures or [""]
+        if names[0].endswith(("ForCausalLM", "LMHeadModel")):
+            raise ValueError(
+                f"{names[0]} as a CrossEncoder, scored by its logits of two tokens, is not supported: use a model "
+                "with a sequence classification head"
+            )
+        if "num_labels" not in given and not any(
+            name.endswith("ForSequenceClassification") for name in names
+        ):
+            config.num_labels = 1
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The content of sentence_bert_config.json, with the keys by which the package finds the head."""
+        return {**super().get_config_dict(), **self.fixed}
+
 
 class CrossEncoder(ModuleSequence):
     """Scores pairs of texts, with the interface of the package sentence-transformers.

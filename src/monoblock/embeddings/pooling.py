@@ -14,17 +14,21 @@ SMALLEST = 1e-9  # of a divisor: where all tokens are masked, the vector is 0
 Pool = Callable[[EmbeddingOps, Array, Array, Array], Array]
 
 
+def _or_zero(ops: EmbeddingOps, vectors: Array, states: Array, mask: Array) -> Array:
+    """The vectors [b, w], 0 where all tokens are masked."""
+    return ops.filled(vectors[:, None], ops.numbers(mask, states)[:, -1:] > 0, 0.0)[:, 0]
+
+
 def first(ops: EmbeddingOps, states: Array, mask: Array, numbers: Array) -> Array:
     """The first token's vector."""
     del numbers
-    return ops.token(states, ops.first(mask))
+    return _or_zero(ops, ops.token(states, ops.first(mask)), states, mask)
 
 
 def maximum(ops: EmbeddingOps, states: Array, mask: Array, numbers: Array) -> Array:
     """The maximum of each channel."""
     del numbers
-    vectors = ops.max_tokens(ops.filled(states, mask, float("-inf")))
-    return ops.filled(vectors[:, None], ops.numbers(mask, states)[:, -1:] > 0, 0.0)[:, 0]
+    return _or_zero(ops, ops.max_tokens(ops.filled(states, mask, float("-inf"))), states, mask)
 
 
 def _count(ops: EmbeddingOps, states: Array, mask: Array) -> Array:
@@ -53,7 +57,7 @@ def weighted_mean(ops: EmbeddingOps, states: Array, mask: Array, numbers: Array)
 def last(ops: EmbeddingOps, states: Array, mask: Array, numbers: Array) -> Array:
     """The last token's vector."""
     del numbers
-    return ops.token(states, ops.last(mask))
+    return _or_zero(ops, ops.token(states, ops.last(mask)), states, mask)
 
 
 # The names of sentence-transformers, in the order in which its old config keys concatenate them.

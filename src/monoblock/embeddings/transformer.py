@@ -76,6 +76,7 @@ class Transformer:
             config = monoblock.AutoConfig.from_pretrained(
                 model_name_or_path, **{**where, **_without_code(config_kwargs)}
             )
+            self.settle(config, config_kwargs or {})
             model = found.adapter.load(
                 getattr(monoblock, found.prefix + self.auto),
                 model_name_or_path,
@@ -113,6 +114,11 @@ class Transformer:
             log.warning("max_seq_length=%d, but the model has %d positions: these are the limit", limit, most)
             limit = most
         self.max_seq_length = None if limit >= NO_LIMIT else limit
+
+    @staticmethod
+    def settle(config: Any, given: Mapping[str, Any]) -> None:
+        """Set fields of the files' config that depend on the module; `given`: fields that the caller set."""
+        del config, given
 
     @property
     def auto_model(self) -> Any:

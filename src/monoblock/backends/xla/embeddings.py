@@ -53,8 +53,8 @@ class HostPooling:
     def outputs(self, features: Mapping[str, Any]) -> list[np.ndarray]:
         """The model's first output for these features."""
         inputs = {name: np.asarray(value) for name, value in features.items() if name in self.accepts}
-        head = getattr(self, "model").row.head  # noqa: B009
-        return [self.padded(inputs) if head is None else self.logits(inputs)]
+        headed = self.model.row.head in ("sequence", "first")
+        return [self.logits(inputs) if headed else self.padded(inputs)]
 
     def joined(self, rows: Sequence[Any]) -> Any:
         """Rows as one array; without rows an empty one."""
