@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,8 +16,10 @@ import kill_points
 import numpy as np
 import pytest
 
+from monoblock.checkpoint.options import HubOptions
 from monoblock.installed import installed
 from monoblock.vectors import outputs
+from monoblock.vectors.identity import model_fingerprint
 from monoblock.vectors.index import open_index
 from monoblock.vectors.inputs import TextInput, chunks
 from monoblock.vectors.nearest import SIMILARITIES, nearest
@@ -403,3 +406,82 @@ def test_refused_indexes(source: Path, tmp_path: Path) -> None:
         open_index(output)
     with pytest.raises(FileNotFoundError, match="no such file"):
         open_index(tmp_path / "y.npy")
+
+
+def test_damaged_texts_and_vectors(source: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "x.jsonl"
+    for text, message in [
+        ('{"text": "a"}', "line 1: expected a list of numbers in 'embedding'"),
+        ('{"text": "a", "embedding": ["b"]}', "line 1: expected a list of numbers"),
+        ("[1]", "line 1: expected a JSON object, found list"),
+        ("{", "line 1: no JSON"),
+        ("", "is empty"),
+    ]:
+        lines.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            open_index(lines)
+    lines.write_text('{"text": 1, "embedding": [1, 2]}\n{"text": "b", "embedding": [1]}')
+    index = open_index(lines)
+    assert index.description == {}
+    with pytest.raises(ValueError, match="line 2: expected a list of 2 numbers"):
+        list(index.blocks())
+    with pytest.raises(ValueError, match="line 1: expected a string in 'text'"):
+        index.texts({0})
+    np.save(tmp_path / "y.npy", np.zeros((3, 2), np.float64))  # of another program
+    (tmp_path / "y.npy.texts.jsonl").write_text('{"text": "a"}')
+    index = open_index(tmp_path / "y.npy")
+    assert [block.dtype for block in index.blocks()] == [np.float32]
+    with pytest.raises(ValueError, match="no text for row 2"):
+        index.texts({0, 2})
+
+
+@needs_pyarrow
+def test_a_parquet_index_of_another_program(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "x.parquet"
+    for vectors, valid in (
+        ([[1.0, 2.0], [3.0, 4.0]], True),
+        ([[1.0, 2.0], [3.0]], False),
+        ([[1.0], None], False),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "embedding": vectors}), path)
+        if valid:
+            index = open_index(path)
+            assert (index.width, index.description) == (2, {})
+            assert np.concatenate(list(index.blocks())).tolist() == vectors
+        else:
+            with pytest.raises(ValueError, match="differ in length, or are missing"):
+                list(open_index(path).blocks())
+
+
+# ---------------------------------------------------------------------------- models
+
+
+def test_the_fingerprint_of_a_model(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "1_Pooling").mkdir(parents=True)
+    weights = folder / "model.safetensors"
+    files = {"config.json": b"{}", "1_Pooling/config.json": b"{}", "tokenizer.json": b"{}", "vocab.txt": b"a"}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    weights.write_bytes(bytes(2 << 20))
+
+    def found(path: Path = folder) -> str:
+        return model_fingerprint(str(path), HubOptions())
+
+    before = found()
+    (folder / "x.npy.partial.json").write_text("{}")  # not a file of the model
+    (folder / "texts.txt").write_text("a")
+    assert found() == before
+    assert found(Path(shutil.copytree(folder, tmp_path / "copy"))) == before
+    for name in files:
+        (folder / name).write_bytes(b"[]")
+        assert found() != before
+        (folder / name).write_bytes(files[name])
+    weights.write_bytes(bytes((2 << 20) - 1) + b"a")
+    assert found() != before
+    snapshot = tmp_path / "snapshots" / ("0a" * 20)
+    shutil.copytree(folder, snapshot)
+    assert found(snapshot) == "0a" * 20  # the commit

@@ -9,7 +9,11 @@ from monoblock.checkpoint.contents import SENTENCE_TRANSFORMERS
 from monoblock.checkpoint.fingerprint import fingerprint
 from monoblock.checkpoint.hub import HubOptions, find_file
 
-_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".bin", ".msgpack", ".h5"}
+# Configs, tokenizers and weights, but not other files that may lie in the folder.
+_FILES = re.compile(
+    r"(\w*config|config_\w+|modules|tokenizer|vocab|merges|added_tokens|special_tokens_map|spiece|tekken)"
+    r"\.(json|txt|model)|[\w-]*model[\w.-]*\.(safetensors|bin|msgpack|h5)"
+)
 _WHOLE = 1 << 20  # bytes up to which a file is hashed as a whole
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -24,7 +28,7 @@ def model_fingerprint(source: str, options: HubOptions) -> str:
         return folder.name
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if path.suffix in _SUFFIXES and path.is_file():
+        if _FILES.fullmatch(path.name) and path.is_file():
             small = path.stat().st_size <= _WHOLE
             content = hashlib.blake2b(path.read_bytes()).hexdigest() if small else fingerprint(path)
             digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\0".encode())

@@ -71,7 +71,7 @@ class NpyIndex(Index):
     def texts(self, rows: Collection[int]) -> dict[int, str]:
         path = beside(self.path, "texts.jsonl")
         with path.open("rb") as lines:
-            return {row: _text(path, row, line) for row, line in _picked(lines, rows)}
+            return {row: _text(path, row, line) for row, line in _picked(path, lines, rows)}
 
 
 class JsonlIndex(Index):
@@ -82,24 +82,20 @@ class JsonlIndex(Index):
             first = next(lines, None)
         if first is None:
             raise ValueError(f"{path} is empty")
-        super().__init__(path, len(_row(path, 0, first)["embedding"]), description)
+        super().__init__(path, _vector(path, 0, first).size, description)
 
     def blocks(self) -> Iterator[np.ndarray]:
         size, start = max(1, BLOCK_BYTES // (self.width * 4)), 0
         with self.path.open("rb") as lines:
             while some := list(islice(lines, min(size, 1024))):
-                block = [_row(self.path, start + i, line)["embedding"] for i, line in enumerate(some)]
-                for i, vector in enumerate(block):
-                    if len(vector) != self.width:
-                        raise ValueError(
-                            f"{self.path}, line {start + i + 1}: {len(vector)} values, not {self.width}"
-                        )
-                yield np.array(block, np.float32)
+                yield np.stack(
+                    [_vector(self.path, start + i, line, self.width) for i, line in enumerate(some)]
+                )
                 start += len(some)
 
     def texts(self, rows: Collection[int]) -> dict[int, str]:
         with self.path.open("rb") as lines:
-            return {row: _text(self.path, row, line) for row, line in _picked(lines, rows)}
+            return {row: _text(self.path, row, line) for row, line in _picked(self.path, lines, rows)}
 
 
 class ParquetIndex(Index):
@@ -117,7 +113,7 @@ class ParquetIndex(Index):
         return parquet.vectors(self.path)
 
     def texts(self, rows: Collection[int]) -> dict[int, str]:
-        found = dict(_picked(parquet.texts(self.path, "text"), rows))
+        found = dict(_picked(self.path, parquet.texts(self.path, "text"), rows))
         return {row: value if isinstance(value, str) else "" for row, value in found.items()}
 
 
@@ -135,8 +131,8 @@ def open_index(path: Path) -> Index:
     return NpyIndex(path, description) if kind == ".npy" else JsonlIndex(path, description)
 
 
-def _picked(items: Iterable[Item], rows: Collection[int]) -> Iterator[tuple[int, Item]]:
-    """The items with these numbers."""
+def _picked(path: Path, items: Iterable[Item], rows: Collection[int]) -> Iterator[tuple[int, Item]]:
+    """The items with these numbers; ValueError if there are fewer."""
     left = set(rows)
     for row, item in enumerate(items):
         if not left:
@@ -144,6 +140,8 @@ def _picked(items: Iterable[Item], rows: Collection[int]) -> Iterator[tuple[int,
         if row in left:
             left.remove(row)
             yield row, item
+    if left:
+        raise ValueError(f"{path} has no text for row {min(left)}")
 
 
 def _row(path: Path, row: int, line: bytes) -> dict[str, Any]:
@@ -151,12 +149,25 @@ def _row(path: Path, row: int, line: bytes) -> dict[str, Any]:
         found: object = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{path}, line {row + 1}: no JSON ({error})") from None
-    if not isinstance(found, dict) or not isinstance(
-        cast("dict[str, Any]", found).get("embedding", []), list
-    ):
-        raise ValueError(f'{path}, line {row + 1}: expected {{"text": ..., "embedding": [...]}}')
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}, line {row + 1}: expected a JSON object, found {type(found).__name__}")
     return cast("dict[str, Any]", found)
 
 
 def _text(path: Path, row: int, line: bytes) -> str:
-    return str(_row(path, row, line).get("text", ""))
+    found = _row(path, row, line).get("text")
+    if not isinstance(found, str):
+        raise ValueError(f"{path}, line {row + 1}: expected a string in 'text'")
+    return found
+
+
+def _vector(path: Path, row: int, line: bytes, width: int | None = None) -> np.ndarray:
+    found = _row(path, row, line).get("embedding")
+    try:
+        vector = np.array(found, np.float32)
+    except (TypeError, ValueError):
+        vector = np.zeros(0)
+    if vector.ndim != 1 or not vector.size or vector.size != (width or vector.size):
+        expected = "a list of numbers" if width is None else f"a list of {width} numbers"
+        raise ValueError(f"{path}, line {row + 1}: expected {expected} in 'embedding'")
+    return vector
