@@ -62,6 +62,7 @@ API = {
         ],
     ),
     "pipelines": ("Pipelines", ["monoblock.pipelines"]),
+    "embeddings": ("Sentence embeddings", ["monoblock.embeddings"]),
     "outputs": ("Outputs", ["monoblock.outputs"]),
     "errors": ("Errors", ["monoblock.errors"]),
 }
@@ -89,6 +90,19 @@ FIRST = {
 # Objects outside of the package's top level that the documents describe.
 FURTHER = {
     "pipelines": ["monoblock.pipelines.KeyDataset"],
+    "embeddings": [
+        *(
+            f"monoblock.embeddings.{path}"
+            for path in (
+                "transformer.Transformer",
+                "modules.Pooling",
+                "modules.Dense",
+                "modules.LayerNorm",
+                "modules.Normalize",
+            )
+        ),
+        "monoblock.util",
+    ],
     "outputs": [f"monoblock.outputs.{name}" for name in OUTPUTS],
     "tools": [
         "monoblock.demo.path",

@@ -630,10 +630,11 @@ def test_a_cross_encoder_without_head(folders: dict[str, Path]) -> None:
         encoder.rank("a", ["b"])
 
 
-def test_a_causal_language_model_is_no_cross_encoder(tmp_path: Path) -> None:
+def test_a_causal_language_model_needs_a_head(tmp_path: Path) -> None:
     folder = cases.write(tmp_path / "model", "Mistral", "ForCausalLM")
     with pytest.raises(ValueError, match="MistralForCausalLM as a CrossEncoder"):
         CrossEncoder(folder, device="cpu")
+    assert CrossEncoder(folder, num_labels=1, device="cpu").predict(cases.PAIRS).shape == (4,)
 
 
 def test_activation_of_the_files(tmp_path: Path) -> None:

@@ -44,12 +44,12 @@ class Classifier(Transformer):
 
     @staticmethod
     def settle(config: Any, given: Mapping[str, Any]) -> None:
-        """One label for a model without such a head; ValueError for a causal language model."""
+        """One label for a model without such a head; ValueError for a causal language model without num_labels."""
         names = config.architectures or [""]
-        if names[0].endswith(("ForCausalLM", "LMHeadModel")):
+        if "num_labels" not in given and names[0].endswith("ForCausalLM"):
             raise ValueError(
                 f"{names[0]} as a CrossEncoder, scored by its logits of two tokens, is not supported: use a model "
-                "with a sequence classification head"
+                "with a sequence classification head, or pass num_labels= to initialise one"
             )
         if "num_labels" not in given and not any(
             name.endswith("ForSequenceClassification") for name in names
