@@ -327,6 +327,7 @@ def test_refusals(model: Path, source: Path, tmp_path: Path) -> None:
         (("embed", "a.txt", "-m", demo.path(), "-o", "x.npy", "--text-column", "a"), 1, "no column 'a'"),
         (("embed", "missing.txt", "-m", demo.path(), "-o", "x.npy"), 1, "missing.txt: no such file"),
         (("embed", "a.txt", "-m", "./missing", "-o", "x.npy"), 1, "missing"),
+        (("embed", "a.txt", "-m", "name", "-o", "x.npy", "--offline"), 1, "'sentence-transformers/name'"),
         (("search", "a", "-i", "x.npy"), 1, "no such file"),
         (("search", "a", "-i", "x.npy", "--top-k", "0"), 2, "--top-k"),
     ],

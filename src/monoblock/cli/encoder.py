@@ -110,10 +110,11 @@ class _Once(logging.Filter):
 
 def identity(model: str, hub: DownloadOptions) -> str:
     """The fingerprint of the model's files."""
-    from monoblock.embeddings.model import hub_options
+    from monoblock.embeddings.model import OWNER
+    from monoblock.embeddings.sequence import hub_options
     from monoblock.vectors.identity import model_fingerprint
 
-    name, where = hub_options(model, None, hub.revision, hub.token, hub.offline)
+    name, where = hub_options(model, None, hub.revision, hub.token, hub.offline, OWNER)
     return model_fingerprint(name, where)
 
 
