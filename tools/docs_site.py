@@ -79,6 +79,23 @@ OUTPUTS = (
     "MultipleChoiceModelOutput",
     "OpenAIGPTDoubleHeadsModelOutput",
 )
+EMBEDDING_FUNCTIONS = (
+    "semantic_search",
+    "paraphrase_mining",
+    "paraphrase_mining_embeddings",
+    "community_detection",
+    "cos_sim",
+    "dot_score",
+    "euclidean_sim",
+    "manhattan_sim",
+    "pairwise_cos_sim",
+    "pairwise_dot_score",
+    "pairwise_euclidean_sim",
+    "pairwise_manhattan_sim",
+    "normalize_embeddings",
+    "truncate_embeddings",
+    "quantize_embeddings",
+)
 # The classes that the others of a page derive from, which come first.
 FIRST = {
     "PreTrainedModel",
@@ -101,7 +118,7 @@ FURTHER = {
                 "modules.Normalize",
             )
         ),
-        "monoblock.util",
+        *(f"monoblock.util.{name}" for name in EMBEDDING_FUNCTIONS),
     ],
     "outputs": [f"monoblock.outputs.{name}" for name in OUTPUTS],
     "tools": [

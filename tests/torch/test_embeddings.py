@@ -358,6 +358,48 @@ def test_attributes(model: SentenceTransformer) -> None:
         model.fitt()
 
 
+@pytest.mark.parametrize("name", [*cases.CASES][::3])
+def test_pooling_on_a_device(folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the hidden states stay there: pooling and the other modules run on tensors."""
+    monkeypatch.setattr(embedding_adapter.EmbeddingAdapter, "on_host", False)
+    case = cases.CASES[name]
+    model = built(folders, case)
+    near(model.encode(cases.TEXTS, batch_size=3, **case["encode"]), RECORDED[f"encode/{name}"])
+
+
+def test_outputs_on_a_device(
+    folders: dict[str, Path], model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["", *cases.TEXTS]
+    empty = SentenceTransformer(modules=[Transformer(folders["GPTNeo"]), Pooling(cases.WIDTH)], device="cpu")
+    calls: list[dict[str, Any]] = [
+        {},
+        {"convert_to_tensor": True},
+        {"convert_to_numpy": False},
+        {"precision": "int8"},
+        {"precision": "binary", "convert_to_tensor": True},
+        {"output_value": "token_embeddings"},
+    ]
+    for made in (model, empty):
+        expected = [made.encode(texts, **options) for options in calls]
+        features = made.encode(texts, output_value=None)
+        with monkeypatch.context() as patch:
+            patch.setattr(embedding_adapter.EmbeddingAdapter, "on_host", False)
+            found = [made.encode(texts, **options) for options in calls]
+            on_device = made.encode(texts, output_value=None)
+            assert made.encode([]).shape == made.encode([], convert_to_tensor=True).shape == (0,)
+        for one, other, options in zip(found, expected, calls, strict=True):
+            assert type(one) is type(other)
+            if "precision" in options:  # values at the edge of a step
+                assert abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+                continue
+            for row, same in zip(one, other, strict=True):
+                assert type(row) is type(same) and row.dtype == same.dtype
+                np.testing.assert_allclose(row, same, atol=1e-5)
+        for row, same in zip(on_device, features, strict=True):
+            assert {name: value.shape for name, value in row.items()} == {n: v.shape for n, v in same.items()}
+
+
 # ---------------------------------------------------------------------------- several processes
 
 

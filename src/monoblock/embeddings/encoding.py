@@ -193,8 +193,9 @@ class TextEncoder:
     def _through(self, features: dict[str, Any], batch: list[Tokenized]) -> Encoded:
         if self.prompt_length:
             features["prompt_length"] = self.prompt_length
-        for module in self.modules:
-            features = module(features)
+        with self.transformer.adapter.without_gradients():
+            for module in self.modules:
+                features = module(features)
         return Encoded([text.index for text in batch], {**features, "rows": [text.row for text in batch]})
 
 

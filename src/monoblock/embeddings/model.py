@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,54 +183,51 @@ class SentenceTransformer(ModuleSequence):
             )
         if not vectors and precision != "float32":
             raise ValueError(f"precision={precision!r} is for output_value='sentence_embedding'")
-        truncated = np.zeros(len(texts), np.int64)
         if pool is not None or isinstance(device, list | tuple):
             if not vectors:
                 raise ValueError(f"output_value={output_value!r} is not supported with several processes")
-            chunks = self._in_pool(
-                texts,
-                pool,
-                device,
-                chunk_size,
-                shown,
-                prompt=text,
-                batch_size=batch_size,
-                show_progress_bar=False,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=dim,
-                return_truncated=True,
-            )
-            rows = [row for chunk, _ in chunks for row in chunk]
-            if chunks:
-                truncated = np.concatenate([counts for _, counts in chunks])
-            results: Any = np.stack(rows) if rows else np.zeros(0, np.float32)
-            on_host = True
+            options = {
+                "prompt": text,
+                "batch_size": batch_size,
+                "show_progress_bar": False,
+                "normalize_embeddings": normalize_embeddings,
+                "truncate_dim": dim,
+                "return_truncated": True,
+            }
+            chunks = self._in_pool(texts, pool, device, chunk_size, shown, **options)
+            results: Any = [row for chunk, _ in chunks for row in chunk]
+            truncated = np.concatenate([np.zeros(0, np.int64), *(counts for _, counts in chunks)])
         else:
             if chunk_size is not None:
                 raise ValueError("chunk_size is for several processes: pass pool= as well")
             if device is not None:
                 self.to(device)
-            self.eval()
-            encoder = TextEncoder(self.transformer, self.modules[1:], batch_size, text)
-            found: list[Any] = [None] * len(texts)
-            split = _vectors if vectors else _tokens if output_value else self._everything
-            stream = (
-                item for batch in encoder.stream(texts) for item in split(batch, normalize_embeddings, dim)
-            )
-            for index, value in with_progress_bar(stream, len(texts), shown):
-                found[index] = value
-            encoder.report(len(texts))
-            for index, count in encoder.cut.items():
-                truncated[index] = count
-            on_host = self.transformer.adapter.on_host
-            results = np.stack(found) if vectors and on_host and found else found
+            to_host = (convert_to_numpy and not convert_to_tensor) or precision != "float32"
+            split = _Split(normalize_embeddings, dim, self.transformer.adapter, to_host)
+            kinds = {"sentence_embedding": split.vectors, "token_embeddings": split.tokens}
+            kind = kinds.get(output_value or "", split.everything)
+            results, truncated = self._here(texts, batch_size, text, kind, shown)
         if vectors:
-            results = self._converted(results, on_host, precision, convert_to_numpy, convert_to_tensor)
-        elif on_host and output_value:
-            results = [self.transformer.adapter.tensor(states) for states in results]
+            results = self._converted(results, precision, convert_to_numpy, convert_to_tensor)
         if single:
             results, truncated = results[0], int(truncated[0])
         return (results, truncated) if return_truncated else results
+
+    def _here(
+        self, texts: list[str], batch_size: int, prompt: str, split: Any, shown: bool
+    ) -> tuple[list[Any], np.ndarray]:
+        """The results of `split` for each text, computed in this process, and the numbers of tokens cut."""
+        self.eval()
+        encoder = TextEncoder(self.transformer, self.modules[1:], batch_size, prompt)
+        found: list[Any] = [None] * len(texts)
+        stream = (item for batch in encoder.stream(texts) for item in split(batch))
+        for index, value in with_progress_bar(stream, len(texts), shown):
+            found[index] = value
+        encoder.report(len(texts))
+        truncated = np.zeros(len(texts), np.int64)
+        for index, count in encoder.cut.items():
+            truncated[index] = count
+        return found, truncated
 
     def encode_query(
         self, sentences: Any = None, prompt_name: str | None = None, prompt: str | None = None, **options: Any
@@ -259,37 +257,17 @@ class SentenceTransformer(ModuleSequence):
             raise TypeError(f"encode_multi_process takes at most {len(names) + 2} arguments")
         return self.encode(sentences, pool=pool, **dict(zip(names, args, strict=False)), **options)
 
-    def _converted(self, vectors: Any, on_host: bool, precision: str, to_numpy: bool, to_tensor: bool) -> Any:
-        """The vectors, an array or a list of tensors on the device, in the requested type."""
+    def _converted(self, rows: list[Any], precision: str, to_numpy: bool, to_tensor: bool) -> Any:
+        """The vectors, NumPy arrays or tensors on the device, in the requested type."""
         adapter = self.transformer.adapter
-        if precision != "float32" and len(vectors):
-            vectors, on_host = quantize_embeddings(vectors, precision), True
+        if rows and not isinstance(rows[0], np.ndarray):
+            return adapter.joined(rows) if to_tensor else rows
+        vectors = np.stack(rows) if rows else np.zeros(0, np.float32)
+        if precision != "float32" and rows:
+            vectors = quantize_embeddings(vectors, precision)
         if to_tensor:
-            return adapter.tensor(vectors) if on_host and len(vectors) else adapter.joined(vectors)
-        if to_numpy:
-            if on_host:
-                return vectors if len(vectors) else np.zeros(0, np.float32)
-            return np.stack([adapter.numpy(row) for row in vectors]) if vectors else np.zeros(0, np.float32)
-        return [adapter.tensor(row) for row in vectors] if on_host else vectors
-
-    def _everything(
-        self, batch: Encoded, normalize: bool, dim: int | None
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each text's features, without padding."""
-        adapter = self.transformer.adapter
-        pooled = dict(_vectors(batch, normalize, dim)) if "sentence_embedding" in batch.features else {}
-        rows = batch.features["rows"]
-        for (index, states), row in zip(_tokens(batch, normalize, dim), rows, strict=True):
-            features: dict[str, Any] = {
-                name: adapter.tensor(np.asarray(ids, np.int64)) for name, ids in row.items()
-            }
-            features["attention_mask"] = adapter.tensor(np.ones(len(row["input_ids"]), np.int64))
-            for name, value in (("token_embeddings", states), ("sentence_embedding", pooled.get(index))):
-                if value is not None:
-                    features[name] = adapter.tensor(value) if isinstance(value, np.ndarray) else value
-            if "prompt_length" in batch.features:
-                features["prompt_length"] = batch.features["prompt_length"]
-            yield index, features
+            return adapter.tensor(vectors)
+        return vectors if to_numpy else [adapter.tensor(row) for row in vectors]
 
     # ------------------------------------------------------------------ properties
 
@@ -434,19 +412,43 @@ def checked_dim(value: Any) -> int | None:
     return value
 
 
-def _vectors(batch: Encoded, normalize: bool, dim: int | None) -> Iterator[tuple[int, Any]]:
-    """Each text's vector."""
-    vectors = batch.features["sentence_embedding"]
-    if dim is not None:
-        vectors = vectors[..., :dim]
-    if normalize:
-        vectors = ops_of(vectors).normalized(vectors)
-    return zip(batch.indices, vectors, strict=True)
+@dataclass(frozen=True)
+class _Split:
+    """The results of each text of a batch. `to_host`: vectors become NumPy arrays, if they are tensors."""
 
+    normalize: bool
+    dim: int | None
+    adapter: Any
+    to_host: bool
 
-def _tokens(batch: Encoded, normalize: bool, dim: int | None) -> Iterator[tuple[int, Any]]:
-    """Each text's token states, without padding."""
-    del normalize, dim  # of the texts' vectors
-    states, mask = batch.features["token_embeddings"], batch.features.get("attention_mask")
-    for row, index in enumerate(batch.indices):
-        yield index, states[row] if mask is None else states[row][mask[row] != 0]
+    def vectors(self, batch: Encoded) -> Iterator[tuple[int, Any]]:
+        """Each text's vector."""
+        found = batch.features["sentence_embedding"]
+        if self.dim is not None:
+            found = found[..., : self.dim]
+        if self.normalize:
+            found = ops_of(found).normalized(found)
+        if self.to_host and not isinstance(found, np.ndarray):
+            found = self.adapter.numpy(found)
+        return zip(batch.indices, found, strict=True)
+
+    def tokens(self, batch: Encoded) -> Iterator[tuple[int, Any]]:
+        """Each text's token states without padding, as tensors."""
+        states, mask = batch.features["token_embeddings"], batch.features.get("attention_mask")
+        for row, index in enumerate(batch.indices):
+            found = states[row] if mask is None else states[row][mask[row] != 0]
+            yield index, self.adapter.tensor(found) if isinstance(found, np.ndarray) else found
+
+    def everything(self, batch: Encoded) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Each text's features without padding, as tensors."""
+        tensor = self.adapter.tensor
+        pooled = dict(self.vectors(batch)) if "sentence_embedding" in batch.features else {}
+        for (index, states), row in zip(self.tokens(batch), batch.features["rows"], strict=True):
+            features: dict[str, Any] = {name: tensor(np.asarray(ids, np.int64)) for name, ids in row.items()}
+            features["attention_mask"] = tensor(np.ones(len(row["input_ids"]), np.int64))
+            features["token_embeddings"] = states
+            if (vector := pooled.get(index)) is not None:
+                features["sentence_embedding"] = tensor(vector) if isinstance(vector, np.ndarray) else vector
+            if "prompt_length" in batch.features:
+                features["prompt_length"] = batch.features["prompt_length"]
+            yield index, features

@@ -141,6 +141,11 @@ class EmbeddingAdapter(Adapter):
         options = {"use_cache": False} if "use_cache" in self.accepts else {}
         return self.model(**inputs, **options)
 
+    @staticmethod
+    def without_gradients() -> Any:
+        """A context in which operations on tensors are not recorded."""
+        return torch.inference_mode()
+
     def tensor(self, array: np.ndarray) -> Tensor:
         """A NumPy array as a tensor on the model's device, in the array's dtype."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -162,8 +167,8 @@ class EmbeddingAdapter(Adapter):
         self.model.train(mode)
 
     def joined(self, rows: Sequence[Tensor]) -> Tensor:
-        """Rows as one tensor; without rows an empty one."""
-        return torch.stack(list(rows)) if len(rows) else torch.tensor([], device=self.device)
+        """Rows as one tensor."""
+        return torch.stack(list(rows))
 
     @staticmethod
     def devices() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,9 +57,10 @@ class HostPooling:
         headed = self.model.row.head in ("sequence", "first")
         return [self.logits(inputs) if headed else self.padded(inputs)]
 
-    def joined(self, rows: Sequence[Any]) -> Any:
-        """Rows as one array; without rows an empty one."""
-        return self.tensor(np.stack(list(rows)) if len(rows) else np.zeros(0, np.float32))
+    @staticmethod
+    def without_gradients() -> Any:
+        """No context: the other modules run in NumPy."""
+        return contextlib.nullcontext()
 
     def tensor(self, array: np.ndarray) -> Any:
         """A NumPy array as an array of the framework."""
