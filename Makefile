@@ -23,7 +23,7 @@ PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-ecosystem docs clean
-.PHONY: fuzz fuzz-readers fuzz-saves sanitize test-oldest wheel mutate
+.PHONY: embed-million fuzz fuzz-readers fuzz-saves sanitize test-oldest wheel mutate
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
 # The steps of `test` use all cores, and pytest's summary is printed last.
@@ -70,6 +70,10 @@ test-oldest-core: export MONOBLOCK_TEST_NO_FRAMEWORK = 1
 test-oldest-%: .venv-oldest-%/.installed
 	@echo "== the oldest $*"
 	@.venv-oldest-$*/bin/python -m pytest $(OLDEST_TESTS_$*)
+
+embed-million: $(VENV)/.installed-test ## `monoblock embed` on 1,000,000 texts: killed, resumed, memory checked (minutes)
+	@echo "== a million texts"
+	@$(VENV)/bin/python bench/embed_million.py
 
 mutate: $(VENV)/.installed-test ## 200 changes of the sources, each of which a test must notice (hours)
 	@$(VENV)/bin/python tools/mutate.py

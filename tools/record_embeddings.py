@@ -2,7 +2,7 @@
 
     PYTHONPATH=src:tests python tools/record_embeddings.py
 
-in an environment with that package (5 or 6), transformers and PyTorch. Writes tests/fixtures/embeddings/recorded.npz.
+in an environment with that package (6.2), transformers and PyTorch. Writes tests/fixtures/embeddings/recorded.npz.
 """
 
 from __future__ import annotations

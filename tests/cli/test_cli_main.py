@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
-COMMANDS = ("generate", "chat", "attention", "info", "convert", "bench", "env")
+COMMANDS = ("generate", "chat", "embed", "search", "attention", "info", "convert", "bench", "env")
 
 
 def run(*args: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

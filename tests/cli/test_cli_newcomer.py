@@ -43,7 +43,12 @@ def run(place: Path, hidden: str, *args: str, text: str = "") -> subprocess.Comp
     )
 
 
-ANY = [("generate", "def f():"), ("generate", "-m", "someone/model", "x"), ("chat",)]
+ANY = [
+    ("generate", "def f():"),
+    ("generate", "-m", "someone/model", "x"),
+    ("chat",),
+    ("embed", "-m", str(demo.path()), "-o", "x.npy"),
+]
 PYTORCH = [
     ("bench",),
     ("quantize", str(demo.path()), "out"),

@@ -128,5 +128,5 @@ def test_arguments_of_pooling() -> None:
 
 
 def test_the_recorded_version() -> None:
-    """Recorded values are those of a version that the documentation names."""
-    assert str(np.load(cases.RECORDED)["version"]).startswith("5.")
+    """Recorded values are those of the version that docs/embeddings.md names."""
+    assert str(np.load(cases.RECORDED)["version"]).startswith("6.")

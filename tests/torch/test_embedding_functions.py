@@ -101,6 +101,10 @@ def test_communities(make: Any) -> None:
     assert [index for cluster in found for index in [*cluster, -1]] == RECORDED["communities"].tolist()
 
 
+def test_few_texts_are_no_community() -> None:
+    assert util.community_detection(MANY[:9]) == util.community_detection(np.zeros((0, 4), np.float32)) == []
+
+
 @given(batch=st.integers(1, 200), least=st.integers(1, 12), threshold=st.floats(0.2, 0.99))
 def test_communities_do_not_overlap(batch: int, least: int, threshold: float) -> None:
     found = util.community_detection(MANY, threshold, least, batch)
@@ -142,6 +146,8 @@ def test_refused() -> None:
     for integers in (np.ones((2, 3), np.int8), torch.ones(2, 3, dtype=torch.int8)):
         with pytest.raises(ValueError, match="embeddings are int8; expected floating-point"):
             util.quantize_embeddings(integers, "binary")
+    with pytest.raises(ValueError, match="uint8: one embedding has no range of values"):
+        util.quantize_embeddings(FEW[:1], "uint8")
     with pytest.raises(ValueError, match=r"embeddings of the shapes \[20, 16\] and \[2, 3\]"):
         util.cos_sim(FEW, np.ones((2, 3), np.float32))
     with pytest.raises(ValueError, match="expected equal ones"):

@@ -1,4 +1,4 @@
-"""Advisory lock on a folder: one writer at a time, across threads and processes."""
+"""Advisory locks on a folder or a file: one writer at a time, across threads and processes."""
 
 import errno
 import importlib
@@ -34,6 +34,22 @@ def locked(folder: Path) -> Generator[None, None, None]:
             log.warning("waiting for another save into %s to end", folder)
             warned = True
         time.sleep(_PAUSE)
+    with _held(path, descriptor):
+        yield
+
+
+@contextmanager
+def exclusive(path: Path) -> Generator[None, None, None]:
+    """Hold the lock file `path`; BlockingIOError if another process holds it. The file is removed at the end."""
+    if (descriptor := _try(path)) is None:
+        raise BlockingIOError(f"another process holds {path}: wait until it ends, or stop it")
+    with _held(path, descriptor):
+        yield
+
+
+@contextmanager
+def _held(path: Path, descriptor: int) -> Generator[None, None, None]:
+    """Release a lock at the end of the block."""
     try:
         yield
     finally:

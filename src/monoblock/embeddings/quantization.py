@@ -24,7 +24,7 @@ def quantize_embeddings(
     or those of `calibration_embeddings`, or those of the embeddings themselves (with a warning for fewer than 100).
     "binary" and "ubinary": one bit per channel, 1 for positive values, 8 channels per byte, [n, ceil(width / 8)];
     "binary" subtracts 128 and is int8. Accepts NumPy arrays, tensors, and lists of either. ValueError: another
-    precision, or embeddings that are integers.
+    precision, embeddings that are integers, or ranges of a single embedding.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(map(repr, PRECISIONS))}")
@@ -36,6 +36,11 @@ def quantize_embeddings(
     if precision in ("int8", "uint8"):
         if ranges is None:
             source = values if calibration_embeddings is None else _values(calibration_embeddings)
+            if len(source) < 2:
+                raise ValueError(
+                    f"{precision}: one embedding has no range of values; pass ranges= or calibration_embeddings= with "
+                    "more to quantize_embeddings"
+                )
             if calibration_embeddings is None and len(values) < FEW:
                 log.warning(
                     "%s: the ranges of each channel are those of %d embeddings; pass ranges= or "

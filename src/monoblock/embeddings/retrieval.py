@@ -10,6 +10,7 @@ import numpy as np
 
 from monoblock.embeddings.arrays import HOST, Array, EmbeddingOps
 from monoblock.embeddings.similarity import cos_sim, ops_for
+from monoblock.pipelines.progress import with_progress_bar
 
 Score = Callable[[Any, Any], Array]
 
@@ -112,36 +113,39 @@ def paraphrase_mining_embeddings(
     top_k: int = 100,
     score_function: Score = cos_sim,
 ) -> list[list[float | int]]:
-    """The pairs of embeddings with the highest scores, [score, i, j] with i < j, best first.
+    """The `max_pairs` pairs of embeddings with the highest scores, [score, i, j] with i < j, best first.
 
-    For each text, the `top_k` best others in each chunk of the corpus are candidates; while these are more than
-    `max_pairs` (each pair counts from both texts), the lowest score is dropped.
+    The candidates are each text with the `top_k` other texts that have the best scores with it. `score_function` must
+    be symmetric. The chunk sizes limit the size of its result.
     """
-    for name, value in (("query_chunk_size", query_chunk_size), ("corpus_chunk_size", corpus_chunk_size)):
-        _positive(name, value)
-    for name, value in (("max_pairs", max_pairs), ("top_k", top_k)):
-        _positive(name, value)
+    _positive("query_chunk_size", query_chunk_size)
+    _positive("max_pairs", max_pairs)
+    _positive("top_k", top_k)
     matrix = _matrix(ops_for(embeddings), embeddings, "embeddings")
     queue: list[tuple[float, int, int]] = []
-    added, least = 0, -1.0
-    for start in range(0, len(matrix), corpus_chunk_size):
-        part = matrix[start : start + corpus_chunk_size]
-        for first, _, scores in _blocks(matrix, part, query_chunk_size, corpus_chunk_size, score_function):
-            values, indices = _ops_of(scores).top(scores, top_k + 1)  # with the text itself
-            for row, (some, where) in enumerate(zip(values, indices, strict=True)):
-                for score, index in zip(some, where, strict=True):
-                    i, j = first + row, start + index
-                    if i == j or score <= least:
-                        continue
-                    heapq.heappush(queue, (score, i, j))
-                    added += 1
-                    if added >= max_pairs:
-                        least = heapq.heappop(queue)[0]
-    best: dict[tuple[int, int], float] = {}
-    for score, i, j in sorted(queue):
-        best.setdefault((min(i, j), max(i, j)), score)
-    pairs = sorted(best.items(), key=lambda pair: pair[1], reverse=True)
-    return [[score, i, j] for (i, j), score in pairs]
+    queued: set[tuple[int, int]] = set()
+    for first in range(0, len(matrix), query_chunk_size):
+        # One more than top_k, as a text is among its own best.
+        best = semantic_search(
+            matrix[first : first + query_chunk_size],
+            matrix,
+            query_chunk_size,
+            corpus_chunk_size,
+            top_k + 1,
+            score_function,
+        )
+        for i, row in enumerate(best, first):
+            others = [(hit["score"], hit["corpus_id"]) for hit in row if hit["corpus_id"] != i]
+            for score, j in others[:top_k]:
+                pair = (min(i, j), max(i, j))
+                if pair in queued or (len(queue) == max_pairs and score <= queue[0][0]):
+                    continue
+                queued.add(pair)
+                if len(queue) < max_pairs:
+                    heapq.heappush(queue, (score, *pair))
+                else:
+                    queued.discard(heapq.heappushpop(queue, (score, *pair))[1:])
+    return [[score, i, j] for score, i, j in sorted(queue, key=lambda pair: pair[0], reverse=True)]
 
 
 def community_detection(
@@ -154,31 +158,29 @@ def community_detection(
     """Clusters of embeddings: lists of indices, the largest first, each with its central text first.
 
     The candidates are each text with all texts whose cosine with it is at least `threshold`, by decreasing cosine. From
-    the largest on, texts of earlier clusters are removed, and clusters below `min_community_size` are dropped.
-    `batch_size`: texts per block of cosines.
+    the largest on, candidates whose central text is in an earlier cluster are dropped, texts of earlier clusters are
+    removed, and clusters below `min_community_size` are dropped. `batch_size`: texts per block of cosines.
     """
-    from monoblock.pipelines.progress import with_progress_bar
-
     _positive("min_community_size", min_community_size)
     _positive("batch_size", batch_size)
+    if len(embeddings) < min_community_size:
+        return []
     ops = ops_for(embeddings)
     matrix = ops.normalized(_matrix(ops, embeddings, "embeddings"))
-    least = min(min_community_size, len(matrix))
-    candidates: list[np.ndarray] = []
-    for start in with_progress_bar(
-        iter(range(0, len(matrix), batch_size)), -(-len(matrix) // batch_size), bool(show_progress_bar)
-    ):
+    blocks = iter(range(0, len(matrix), batch_size))
+    candidates: list[tuple[int, np.ndarray]] = []
+    for start in with_progress_bar(blocks, -(-len(matrix) // batch_size), bool(show_progress_bar)):
         scores = HOST.array(ops.product(matrix[start : start + batch_size], matrix))
         close = scores >= np.float32(threshold)
-        for row in np.flatnonzero(close.sum(axis=1) >= least):
+        for row in np.flatnonzero(close.sum(axis=1) >= min_community_size).tolist():
             members = np.flatnonzero(close[row])
-            candidates.append(members[np.argsort(-scores[row, members], kind="stable")])
-    candidates.sort(key=len, reverse=True)
+            candidates.append((start + row, members[np.argsort(-scores[row, members], kind="stable")]))
+    candidates.sort(key=lambda candidate: len(candidate[1]), reverse=True)
     used = np.zeros(len(matrix), bool)
     found: list[list[int]] = []
-    for members in candidates:
+    for centre, members in candidates:
         rest = members[~used[members]]
-        if len(rest) >= least:
-            found.append(rest.tolist())
-            used[rest] = True
+        if not used[centre] and len(rest) >= min_community_size:
+            found.append([centre, *rest[rest != centre].tolist()])
+            used[found[-1]] = True
     return sorted(found, key=len, reverse=True)

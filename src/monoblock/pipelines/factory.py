@@ -24,6 +24,7 @@ TASKS: dict[str, tuple[str, str]] = {
     "question-answering": ("QuestionAnsweringPipeline", "AutoModelForQuestionAnswering"),
     "fill-mask": ("FillMaskPipeline", "AutoModelForMaskedLM"),
     "feature-extraction": ("FeatureExtractionPipeline", "AutoModel"),
+    "sentence-similarity": ("SentenceSimilarityPipeline", "SentenceTransformer"),
     "zero-shot-classification": ("ZeroShotClassificationPipeline", "AutoModelForSequenceClassification"),
     "image-text-to-text": ("ImageTextToTextPipeline", "AutoModelForImageTextToText"),
 }
@@ -40,6 +41,7 @@ DEFAULTS = {
     "DoubleHeadsModel": "",
     "Model": "feature-extraction",
 }
+SIMILARITY = "sentence-similarity"  # whose model is a `SentenceTransformer`
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 # Arguments of transformers' `pipeline` that are not supported: their values without effect, and the reason.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -105,8 +107,14 @@ def pipeline(
         task = known_task(task)
     if model is None:
         model = _default(task, tokenizer)
-    hub = {name: loading[name] for name in HUB if name in loading}
     source = model if isinstance(model, str | Path) else None
+    if task == SIMILARITY or (task is None and _is_embedder(model)):
+        components = {"tokenizer": tokenizer, "image_processor": image_processor, "processor": processor}
+        loaded_model = _embedder(model, config, framework, device, loading)
+        return _class_of(SIMILARITY)(
+            loaded_model, device=device if source is None else None, **components, **kwargs
+        )
+    hub = {name: loading[name] for name in HUB if name in loading}
     if source is None:
         named = any(
             isinstance(component, str | Path) for component in (tokenizer, image_processor, processor)
@@ -118,8 +126,42 @@ def pipeline(
     else:
         loaded_model, task = _load(frameworks.chosen(framework), task, source, config, device, loading)
     components = _components(task, source, hub, tokenizer, image_processor, processor)
+    return _class_of(task)(loaded_model, device=device, **components, **kwargs)
+
+
+def _class_of(task: str) -> Any:
     module = importlib.import_module(f"monoblock.pipelines.{task.replace('-', '_')}")
-    return getattr(module, TASKS[task][0])(loaded_model, device=device, **components, **kwargs)
+    return getattr(module, TASKS[task][0])
+
+
+def _is_embedder(model: Any) -> bool:
+    """Whether an object is a `SentenceTransformer`."""
+    return hasattr(model, "similarity_fn_name") and hasattr(model, "transformers_model")
+
+
+def _embedder(model: Any, config: Any, framework: str | None, device: Any, loading: dict[str, Any]) -> Any:
+    """The model of the task "sentence-similarity"."""
+    import monoblock
+
+    if not isinstance(model, str | Path):
+        if not _is_embedder(model):
+            raise TypeError(
+                f"{SIMILARITY!r} needs the name or folder of a model, or a SentenceTransformer; got "
+                f"{type(model).__name__}"
+            )
+        frameworks.of_model(model.transformers_model, framework)
+        _check_object(config, loading)
+        return model
+    if config is not None:
+        raise ValueError(f"{SIMILARITY!r} uses the config of the model: leave out config")
+    renamed = {"cache_dir": "cache_folder"}
+    where = {renamed.get(name, name): loading.pop(name) for name in HUB if name in loading}
+    for name in ("force_download", "subfolder"):
+        if where.pop(name, None):
+            raise ValueError(f"{SIMILARITY!r} does not support {name}: pass a folder")
+    return monoblock.SentenceTransformer(
+        model, device=device, framework=framework, model_kwargs=loading or None, **where
+    )
 
 
 def known_task(task: str) -> str:
