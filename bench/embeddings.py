@@ -1,13 +1,12 @@
 """Texts per second, accuracy and start of sentence embeddings, compared with sentence-transformers.
 
     python bench/embeddings.py --model FOLDER [--peer-python PATH [--openvino FOLDER] [--openvino-int8 FOLDER]
-        [--onnx-int8 FOLDER]] [--runs 3] [--share 1.0] [--threads N] [--only NAME,...] [--accuracy] [--start]
-        [--json FILE]
+        [--onnx-int8 FOLDER]] [--runs 3] [--share 1.0] [--threads N] [--only NAME,...] [--sets NAME,...] [--accuracy]
+        [--start] [--json FILE]
 
 FOLDER is all-mpnet-base-v2, or another model of sentence-transformers. PATH is the Python of an environment with
 sentence-transformers; the other folders are the model exported there (its pages on backends say how), in the
-subfolders `openvino` and `onnx`. Every library and form runs in a process of its own, which persists; they alternate set by
-set.
+subfolders `openvino` and `onnx`. Every library and form runs in a process of its own, which persists; they alternate.
 
 The texts are docstrings of the Python standard library: 1,000 short ones (about 20 tokens), 1,000 paragraphs (about
 130), 200 long ones (384, truncated), and all of them mixed; `--share` takes that part of each set, for slow machines.
@@ -221,7 +220,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
-    for name in ("peer-python", "openvino", "openvino-int8", "onnx-int8", "worker", "only"):
+    for name in ("peer-python", "openvino", "openvino-int8", "onnx-int8", "worker", "only", "sets"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--share", type=float, default=1.0)
@@ -249,6 +248,8 @@ def main() -> None:
         if folder and name in wanted
     ]
     sets = texts_of(given.share)
+    if given.sets:
+        sets = {name: sets[name] for name in given.sets.split(",")}
     return measure(encoders, sets, given)
 
 
@@ -261,8 +262,9 @@ def measure(encoders: list[EncoderProcess], sets: dict[str, list[str]], given: a
         files = {name: Path(scratch) / f"{name}.json" for name in sets}
         for name, texts in sets.items():
             files[name].write_text(json.dumps(texts))
+        first = next(iter(sets))
         for encoder in encoders:
-            encoder.ask(files["short"])
+            encoder.ask(files[first])
         for _ in range(given.runs):
             for name, texts in sets.items():
                 for encoder in encoders:
@@ -273,18 +275,16 @@ def measure(encoders: list[EncoderProcess], sets: dict[str, list[str]], given: a
         for encoder in encoders:
             cells = [figure(rates[encoder.name][name]) for name in sets]
             print(f"| {encoder.name} | " + " | ".join(cells) + " |")
-        quality = _accuracies(encoders, files, Path(scratch)) if given.accuracy else {}
+        quality = _accuracies(encoders, files["short"], Path(scratch)) if given.accuracy else {}
     if given.json:
         given.json.write_text(json.dumps({"rates": rates, "accuracy": quality}))
 
 
-def _accuracies(
-    encoders: list[EncoderProcess], files: dict[str, Path], scratch: Path
-) -> dict[str, dict[str, float]]:
+def _accuracies(encoders: list[EncoderProcess], source: Path, scratch: Path) -> dict[str, dict[str, float]]:
     vectors: dict[str, np.ndarray] = {}
     for encoder in encoders:
         target = scratch / "vectors.npy"
-        encoder.ask(files["short"], target)
+        encoder.ask(source, target)
         vectors[encoder.name] = np.load(target)
     exact = vectors.get("torch float32", vectors.get("float32"))
     if exact is None:
