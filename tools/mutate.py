@@ -18,11 +18,11 @@ import copy
 import importlib
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,9 +31,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "monoblock"
 SHARE = 0.95  # of the mutants that the tests must catch
-PATIENCE = (
-    5  # times what the tests take without a mutant: one that takes longer is caught, since it does not end
-)
+# Times the CPU time of the tests without a mutant: one that takes more is caught, since it does not end.
+PATIENCE = 5
 
 # Group -> files below src/monoblock, and the tests that prove them, the quickest first.
 MODEL_TESTS = (
@@ -262,8 +261,8 @@ def chosen(count: int, seed: int, only: str | None) -> list[Mutant]:
     return drawn
 
 
-def passes(group: str, seconds: float, mutant: Mutant | None = None) -> bool:
-    """Whether all tests of a group pass within that time, with the mutant if there is one.
+def passes(group: str, seconds: int, mutant: Mutant | None = None) -> bool:
+    """Whether all tests of a group pass within that CPU time, with the mutant if there is one.
 
     They run in a child of this process, which has imported the frameworks already.
     """
@@ -271,30 +270,23 @@ def passes(group: str, seconds: float, mutant: Mutant | None = None) -> bool:
         return _passes(TARGETS[group][1], seconds, mutant, Path(name))
 
 
-def _passes(tests: tuple[str, ...], seconds: float, mutant: Mutant | None, folder: Path) -> bool:
+def _passes(tests: tuple[str, ...], seconds: int, mutant: Mutant | None, folder: Path) -> bool:
     source = folder / "src"
     shutil.copytree(SOURCES, source / "monoblock", ignore=shutil.ignore_patterns("__pycache__"))
     if mutant is not None:
         (source / "monoblock" / mutant.path.relative_to(SOURCES)).write_text(mutant.source())
     child = os.fork()
     if child == 0:
-        _run_tests(source, folder, tests)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.1)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+        _run_tests(source, folder, tests, seconds)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def _run_tests(source: Path, folder: Path, tests: tuple[str, ...]) -> None:
-    """In the child: pytest with the mutant's sources in front. Ends the process."""
+def _run_tests(source: Path, folder: Path, tests: tuple[str, ...], seconds: int) -> None:
+    """In the child: pytest with the mutant's sources in front. Ends the process, also after `seconds` of CPU time."""
     status = 70
     try:
-        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        signal.alarm(20 * seconds)  # for a mutant that waits forever
         nowhere = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
@@ -308,6 +300,12 @@ def _run_tests(source: Path, folder: Path, tests: tuple[str, ...]) -> None:
         )
     finally:
         os._exit(status)
+
+
+def _cpu_of_children() -> float:
+    """The CPU time in seconds of the children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> int:
@@ -327,13 +325,14 @@ def main() -> int:
     torch.set_num_threads(1)  # a pool of threads does not outlive a fork
     mutants = chosen(arguments.count, arguments.seed, arguments.only)
     survivors: list[Mutant] = []
-    limits: dict[str, float] = {}
+    limits: dict[str, int] = {}
     for group in dict.fromkeys(mutant.group for mutant in mutants):
-        start = time.monotonic()
+        start = _cpu_of_children()
         if not passes(group, 3600):
             sys.exit(f"the tests of {group} fail without any mutant")
-        limits[group] = 60 + PATIENCE * arguments.jobs * (time.monotonic() - start)
-        print(f"{group}: {time.monotonic() - start:.0f} s without a mutant", flush=True)
+        took = _cpu_of_children() - start
+        limits[group] = 60 + round(PATIENCE * took)
+        print(f"{group}: {took:.0f} s of CPU time without a mutant", flush=True)
 
     def tried(number: int) -> None:
         mutant = mutants[number]
