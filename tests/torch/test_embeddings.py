@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import monoblock
-from monoblock import CrossEncoder, SentenceTransformer, util
-from monoblock.backends.pytorch import embedding_adapter
+from monoblock import CrossEncoder, SentenceTransformer, native, util
+from monoblock.backends.pytorch import embedding_adapter, packed_forward
 from monoblock.embeddings import (
     Dense,
     LayerNorm,
@@ -129,6 +129,47 @@ def test_packed_texts_are_independent_of_the_batch(
         assert max(calls) <= batch_size * cases.LENGTH
         for text, vector in zip(texts, together, strict=True):
             assert model.encode(text).tobytes() == vector.tobytes()
+
+
+NATIVE = pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.status()}")
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_vectors_do_not_depend_on_the_batch(folders: dict[str, Path], family: str, dtype: str) -> None:
+    """The bits of a text's vector: alone, in any batch and order, on any number of threads."""
+    weights = {"quantization_config": "int8"} if dtype == "int8" else {"dtype": dtype}
+    model = SentenceTransformer(folders[family], device="cpu", **weights)
+    if packed_forward.obstacle(model[0].auto_model) is not None:
+        pytest.skip("the native kernels do not run this model on this machine")
+    texts = [text * count for text in cases.TEXTS for count in (1, 2)]
+    alone = [model.encode(text).tobytes() for text in texts]
+    threads = torch.get_num_threads()
+    try:
+        for count, batch_size in ((1, 3), (2, 1), (2, 64)):
+            torch.set_num_threads(count)
+            for order in (1, -1):
+                found = model.encode(texts[::order], batch_size=batch_size)
+                assert [vector.tobytes() for vector in found[::order]] == alone
+    finally:
+        torch.set_num_threads(threads)
+
+
+@NATIVE
+def test_the_reason_for_padded_batches_is_logged(
+    folders: dict[str, Path], logs: pytest.LogCaptureFixture
+) -> None:
+    """Once, at INFO."""
+    model = SentenceTransformer(folders["MPNet"], device="cpu")
+    model.encode(["a text"])
+    assert not [message for message in logs.messages if "padded to one length" in message]
+    model[0].auto_model.set_attn_implementation("eager")
+    for _ in range(2):
+        model.encode(["a text"])
+    told = [message for message in logs.messages if "padded to one length" in message]
+    assert len(told) == 1
+    assert "attn_implementation='eager'" in told[0]
 
 
 def test_batches_of_packed_texts(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monoblock.backends.pytorch.packed_forward import packed_states
+from monoblock.backends.pytorch.packed_forward import obstacle, packed_states
 from monoblock.backends.pytorch.pipeline_adapter import Adapter, found_device
 
 
@@ -95,6 +96,9 @@ def _like(value: Any, x: Tensor) -> Tensor:
     return torch.as_tensor(value).to(x.device, x.dtype)
 
 
+log = logging.getLogger("monoblock")
+
+
 class EmbeddingAdapter(Adapter):
     """Runs a PyTorch model on lists of ids, with or without gradients."""
 
@@ -103,6 +107,7 @@ class EmbeddingAdapter(Adapter):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model, None if hasattr(model, "hf_device_map") else model.device)
+        self._told: str | None = None  # the reason against the native library that was logged last
 
     @property
     def on_host(self) -> bool:
@@ -124,6 +129,9 @@ class EmbeddingAdapter(Adapter):
         """The hidden states [total tokens, width] of texts without padding; None if only `padded` can run them."""
         with torch.inference_mode():
             states = packed_states(self.model, ids)
+        if states is None and self._told != (why := obstacle(self.model)):
+            log.info("texts are run by the model's modules, padded to one length per batch: %s", why)
+            self._told = why
         return states if states is None or not self.on_host else self.numpy(states)
 
     def padded(self, inputs: Mapping[str, Any]) -> Any:
