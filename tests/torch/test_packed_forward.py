@@ -33,6 +33,12 @@ def sequences(lengths: Any, seed: int = 0, vocab: int = VOCAB) -> list[list[int]
     return [rng.integers(10, vocab, length).tolist() for length in lengths]
 
 
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 runs in the library on every machine."""
+    monkeypatch.setattr(native, "has_amx", lambda: False)
+
+
 @pytest.fixture
 def kernels(level: str) -> str:
     """Each instruction set."""
@@ -295,7 +301,7 @@ def test_what_is_refused() -> None:
     assert none.shape == (0, module.spec.width)
 
 
-def test_obstacles() -> None:
+def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     module = monoblock_model("MPNetModel", **fields("mpnet"))
     assert obstacle(module) is None
     assert obstacle(module.train()) == "training mode"
@@ -308,6 +314,10 @@ def test_obstacles() -> None:
     assert "attn_implementation='eager'" in (obstacle(module) or "")
     assert obstacle(mpt_model("rope, dynamic")) == "dynamic RoPE scaling"
     assert obstacle(monoblock_model("MPNetModel", **fields("mpnet")).to("meta")) == "device meta"
+    monkeypatch.setattr(native, "has_amx", lambda: True)
+    plain = monoblock_model("MPNetModel", **fields("mpnet"))
+    assert obstacle(plain) is None
+    assert "AMX" in (obstacle(plain.to(torch.bfloat16)) or "")
 
 
 def test_changed_weights_are_used() -> None:

@@ -56,7 +56,13 @@ def has_int8_gemm() -> bool:
 def has_bf16_gemm(inputs: int) -> bool:
     """Whether bfloat16 products with many rows of `inputs` columns use the native GEMM (AVX-512 BF16): not with AMX,
     where PyTorch's is faster."""
-    return level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not library().mb_amx()
+    return level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not has_amx()
+
+
+def has_amx() -> bool:
+    """Whether PyTorch's bfloat16 products use AMX, which the library does not."""
+    found = library()
+    return found is not None and bool(found.mb_amx())
 
 
 def status() -> str:
