@@ -144,7 +144,7 @@ def test_merging_into_quantised_weights_is_refused(monoblock_library: Library, f
     model = getattr(monoblock_library, name).from_pretrained(folders(name), quantization_config="int8")
     model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=RANK)).eval()
     filled(model, 1)
-    with pytest.raises(RuntimeError, match=r"packed.*dequantize"):
+    with pytest.raises(RuntimeError, match=r"quantised.*dequantize"):
         model.merge_and_unload()
     model.get_base_model().dequantize()
     before = scores(model)
