@@ -60,6 +60,8 @@ def formula(q: Any, k: Any, v: Any, scale: float, **given: Any) -> torch.Tensor:
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     if (slopes := given.get("slopes")) is not None:
         scores = scores - slopes.double()[:, None, None] * distance
+    if (relative := given.get("relative")) is not None:
+        scores = scores + relative.double()[relative.shape[0] // 2 - distance].movedim(-1, 0)
     visible = torch.ones_like(distance, dtype=torch.bool)[None, None]
     if given.get("causal", True):
         visible = visible & (distance >= 0)
@@ -73,10 +75,14 @@ def formula(q: Any, k: Any, v: Any, scale: float, **given: Any) -> torch.Tensor:
 
 
 def attention(q: Any, k: Any, v: Any, scale: float, **given: Any) -> torch.Tensor:
-    masks = (given.get(name) for name in ("slopes", "valid", "segments"))
+    masks = (given.get(name) for name in ("slopes", "valid", "segments", "relative"))
     return native_ops.attention(
         q, k, v, *masks, scale, given.get("softcap", 0.0), given.get("causal", True), given.get("window", 0)
     )
+
+
+def _relative(reach: int, heads: int) -> torch.Tensor:
+    return torch.randn(2 * reach + 1, heads, generator=torch.Generator().manual_seed(reach))
 
 
 def _valid(share: float, keys: int) -> torch.Tensor:
@@ -100,6 +106,12 @@ ATTENTION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "bidirectional": ((70, 70, 2, 1, 24), {"valid": _valid(0.6, 70), "causal": False}),
     "segments": ((60, 70, 2, 1, 24), {"segments": (torch.arange(140).view(2, 70) // 23).int()}),
     "cap": ((60, 60, 2, 1, 24), {"softcap": 0.7}),
+    "relative biases": ((290, 290, 3, 3, 24), {"relative": _relative(289, 3), "causal": False}),
+    "relative biases, the last": (
+        (9, 70, 4, 2, 16),
+        {"relative": _relative(99, 4), "valid": _valid(0.6, 70)},
+    ),
+    "relative biases, cap": ((60, 60, 2, 1, 24), {"relative": _relative(59, 2), "softcap": 0.7}),
 }
 
 

@@ -120,7 +120,7 @@ struct PanelScratch {
   const Matrix* packed = nullptr;
   int64_t packed_first = -1, packed_k = -1;  // what `weights` holds
 
-  static int64_t other_bytes(int64_t inputs) {
+  static int64_t other_bytes([[maybe_unused]] int64_t inputs) {
     int64_t bytes = 64;
 #if defined(__AVX512VNNI__)
     const int64_t padded = round_up(inputs, RUN);
@@ -129,7 +129,7 @@ struct PanelScratch {
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
     if (bytes < PackedBlock::BYTES + 64) bytes = PackedBlock::BYTES + 64;
 #endif
-    return bytes + 0 * inputs;
+    return bytes;
   }
 
   // Takes the scratch for matrices of up to `inputs` inputs from an arena.
