@@ -85,31 +85,10 @@ struct PanelInputs {
     for (int64_t k = 0, g = 0; k < codes.padded; k += m.group, ++g) {
       const int64_t left = m.inputs - k, inside = left < 0 ? 0 : left < m.group ? left : m.group;
       pad(x + row * ldx + k, inside, group, m.group);
-      round_group(group, m.group, words + row * codes.padded + k, codes.q_scale + row * codes.blocks + g,
-                  codes.q_sum + row * codes.blocks + g);
+      quantise(group, m.group, words + row * codes.padded + k, codes.q_scale + row * codes.blocks + g,
+               codes.q_sum + row * codes.blocks + g);
     }
   }
-
-  // NaN and infinity make the scale NaN, so that they propagate to the outputs.
-  static void round_group(const float* x, int count, int16_t* q, float* scale, float* total) {
-    Floats top = {}, nonfinite = {};
-    for (int k = 0; k < count; k += LANES) {
-      const Floats v = load<Floats>(x + k);
-      top = largest(magnitude(v), top);
-      nonfinite += v * 0.0f;
-    }
-    const float most = largest(top), nan = sum(nonfinite), inverse = most > 1e3f * MIN_MAGNITUDE ? 32767 / most : 0;
-    Ints whole = {};
-    for (int k = 0; k < count; k += LANES) {
-      const Ints n = nan != nan ? Ints{} : nearest(load<Floats>(x + k) * inverse);
-      store(q + k, __builtin_convertvector(n, HalfInts));
-      whole += n;
-    }
-    *scale = nan != nan ? nan : most / 32767;
-    *total = sum(__builtin_convertvector(whole, Floats)) * *scale;
-  }
-
-  typedef int16_t HalfInts __attribute__((vector_size(LANES * 2)));
 };
 
 // A thread's scratch: packed weights and the scales of their groups, unpacked rows of weights, and the sums (PANEL_ROWS,
@@ -241,7 +220,6 @@ inline void multiply_tiles(const float* weights, const float* x, int64_t ldx, in
 // As `pack_floats`, pairs of 16-bit integers in words: (PANEL_OUTPUTS / TILE_OUTPUTS, count / 2, TILE_OUTPUTS); with scales and
 // lows (groups, PANEL_OUTPUTS). `count` is a multiple of RUN, with the row's padding.
 inline void pack_words(const Matrix& m, int64_t first, int64_t k, int64_t count, const PanelScratch& scratch) {
-  typedef int16_t HalfInts __attribute__((vector_size(LANES * 2)));
   for (int64_t side = 0; side < PANEL_OUTPUTS; side += LANES) {
     int16_t* rows = (int16_t*)scratch.rows;
     for (int r = 0; r < LANES; ++r) {

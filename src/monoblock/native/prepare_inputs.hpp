@@ -36,30 +36,35 @@ inline void round_to_bf16(const float* x, int64_t inputs, uint16_t* to, int64_t 
   for (; k < padded; ++k) to[k] = k < inputs ? to_bf16(x[k]) : 0;
 }
 
-// Groups with a smaller max|x| quantise to 0: 127 / max|x| would overflow.
+// Groups with a smaller max|x| quantise to 0: 127 / max|x| would overflow. With 16 bits the limit is 1000 times as large.
 constexpr float MIN_MAGNITUDE = 1e-36f;
 
-// One group: q = round(x * 127 / max|x|). NaN and infinity make the scale NaN, so that they propagate to the outputs.
-INLINE void quantise(const float* x, int group, int8_t* q, float* scale, float* total) {
+// One group: q = round(x * LARGEST / max|x|), in 8 or 16 bits. NaN and infinity make the scale
+// NaN, so that they propagate to the outputs.
+template <class Code>
+INLINE void quantise(const float* x, int group, Code* q, float* scale, float* total) {
+  constexpr bool BYTE = sizeof(Code) == 1;
+  constexpr float LARGEST = BYTE ? 127 : 32767, LEAST = BYTE ? MIN_MAGNITUDE : 1e3f * MIN_MAGNITUDE;
+  typedef std::conditional_t<BYTE, SignedBytes, HalfInts> Codes;
   Floats top = {}, nonfinite = {};
   for (int k = 0; k < group; k += LANES) {
     Floats v = load<Floats>(x + k);
     top = largest(magnitude(v), top);
     nonfinite += v * 0.0f;  // NaN if v is NaN or infinite
   }
-  float most = largest(top), inverse = most > MIN_MAGNITUDE ? 127 / most : 0, nan = sum(nonfinite);
+  float most = largest(top), inverse = most > LEAST ? LARGEST / most : 0, nan = sum(nonfinite);
   if (nan != nan) {
-    memset(q, 0, group);
+    memset(q, 0, group * sizeof(Code));
     *scale = *total = nan;
     return;
   }
   Ints q_sum = {};
   for (int k = 0; k < group; k += LANES) {
     Ints n = nearest(load<Floats>(x + k) * inverse);
-    store(q + k, __builtin_convertvector(n, SignedBytes));
+    store(q + k, __builtin_convertvector(n, Codes));
     q_sum += n;
   }
-  *scale = most / 127;
+  *scale = most / LARGEST;
   *total = sum(__builtin_convertvector(q_sum, Floats)) * *scale;
 }
 

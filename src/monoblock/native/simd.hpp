@@ -33,6 +33,7 @@ typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef uint16_t Shorts __attribute__((vector_size(LANES * 4)));  // two per 32-bit lane
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
+typedef int16_t HalfInts __attribute__((vector_size(LANES * 2)));
 
 INLINE Floats all(float x) { return Floats{} + x; }
 
