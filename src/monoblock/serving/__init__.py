@@ -1,0 +1,1 @@
+"""Many requests at once: the engine, `LLM`, batches and the HTTP server."""
