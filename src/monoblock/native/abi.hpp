@@ -7,11 +7,13 @@
 #include "decode_step.hpp"
 #include "matrix.hpp"
 #include "packed_forward.hpp"
+#include "paged_step.hpp"
 
 namespace abi {
 
 using namespace decode;
 using namespace packed;
+using namespace paged;
 using namespace prompt;
 
 // Offset and size in bytes of a structure ("Matrix", offset 0) or of one of its fields ("Matrix.data").
@@ -80,6 +82,11 @@ constexpr LayoutEntry LAYOUT[] = {
         FIELD(PackedForward, scratch), FIELD(PackedForward, scratch_bytes), FIELD(PackedForward, sequences),
         FIELD(PackedForward, relative_stride), FIELD(PackedForward, relative_center), FIELD(PackedForward, causal),
         FIELD(PackedForward, threads),
+    STRUCT(PagedStep), FIELD(PagedStep, ids), FIELD(PagedStep, positions), FIELD(PagedStep, starts), FIELD(PagedStep, past),
+        FIELD(PagedStep, tables), FIELD(PagedStep, wanted), FIELD(PagedStep, embeds),
+        FIELD(PagedStep, embed_rows), FIELD(PagedStep, cache), FIELD(PagedStep, logits), FIELD(PagedStep, scratch),
+        FIELD(PagedStep, scratch_bytes), FIELD(PagedStep, sequences), FIELD(PagedStep, outputs),
+        FIELD(PagedStep, table_stride), FIELD(PagedStep, blocks), FIELD(PagedStep, threads), FIELD(PagedStep, cache_bf16),
     {nullptr, 0, 0},
 };
 

@@ -175,6 +175,16 @@ class PackedForward(Structure):
     )
 
 
+class PagedStep(Structure):
+    """`PagedStep` of paged_step.hpp, the argument of `mb_paged_step`."""
+
+    _fields_ = _fields(
+        (c_void_p, "ids positions starts past tables wanted embeds embed_rows cache logits scratch"),
+        (c_int64, "scratch_bytes sequences outputs table_stride blocks"),
+        (c_int32, "threads cache_bf16"),
+    )
+
+
 # ---------------------------------------------------------------------------- the layout
 
 
@@ -187,7 +197,7 @@ class LayoutEntry(Structure):
 # Every structure that Python and the library share.
 STRUCTURES: tuple[type[Structure], ...] = (
     *(Matrix, AttentionCall, NormCall, RopeCall, ActivationCall),
-    *(NormWeights, LowRank, Adapters, LayerWeights, ModelWeights, LayerCache, DecodeStep, PackedForward),
+    *(NormWeights, LowRank, Adapters, LayerWeights, ModelWeights, LayerCache, DecodeStep, PackedForward, PagedStep),
 )
 
 
@@ -249,6 +259,9 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mb_activate": (c_int, (POINTER(ActivationCall),)),
     "mb_step": (c_int64, (POINTER(ModelWeights), POINTER(DecodeStep))),
     "mb_forward": (c_int64, (POINTER(ModelWeights), POINTER(PackedForward))),
+    "mb_paged_step": (c_int64, (POINTER(ModelWeights), POINTER(PagedStep))),
+    "mb_block_size": (c_int64, (POINTER(ModelWeights),)),
+    "mb_block_tokens": (c_int64, ()),
 }
 
 

@@ -10,6 +10,7 @@
 #include "decode_step.hpp"
 #include "matrix.hpp"
 #include "packed_forward.hpp"
+#include "paged_step.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -87,3 +88,12 @@ EXPORT int64_t mb_step(const decode::ModelWeights* model, const decode::DecodeSt
 EXPORT int64_t mb_forward(const decode::ModelWeights* model, const packed::PackedForward* call) {
   return packed::forward(*model, *call);
 }
+
+// One step of an engine over a paged KV cache; see paged_step.hpp.
+EXPORT int64_t mb_paged_step(const decode::ModelWeights* model, const paged::PagedStep* step) {
+  return paged::step(*model, *step);
+}
+
+// Elements of a block of one head and layer of the paged cache, and its tokens.
+EXPORT int64_t mb_block_size(const decode::ModelWeights* model) { return paged::block_size(*model); }
+EXPORT int64_t mb_block_tokens() { return decode::BLOCK_TOKENS; }

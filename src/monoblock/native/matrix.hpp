@@ -117,6 +117,7 @@ inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int
 
 }  // namespace matrices
 
+#include "row_products.hpp"
 #include "gemm_int8.hpp"
 #include "gemm_bf16.hpp"
 #include "linear.hpp"

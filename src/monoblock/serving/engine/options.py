@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BLOCK = 64  # tokens of a block of the cache, as in native/paged_attention.hpp
+
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,78 @@
+// Products of weights in any format with any number of rows of inputs, by the register tiles of gemv_tiles.hpp: a row's
+// result has the same bits whatever other rows there are. Part of matrix.hpp.
+#pragma once
+
+namespace matrices {
+
+constexpr int64_t ROWS_BYTES = 256 << 10;  // inputs that are multiplied by a chunk of weights at a time, which stay in L2
+
+// Sets `p`, whose arrays have room for the rows, to these inputs of m; then `prepare_row` converts each row.
+inline void place_rows(const Matrix& m, const float* x, int64_t ldx, Prepared& p) {
+  p.padded = round_up(m.inputs, RUN), p.blocks = round_up(p.padded / BLOCK, 16);
+  p.x = x, p.ldx = ldx;
+#if !defined(__AVX512VNNI__)
+  if ((m.format == INT8 || m.format == INT4) && m.inputs != p.padded) p.x = p.f, p.ldx = p.padded;
+#endif
+}
+
+// Converts a row of inputs to the form that `multiply_rows` reads. Unlike `prepare`, the form does not depend on the number of
+// rows. `x` is the whole input, as in `place_rows`.
+inline void prepare_row(const Matrix& m, const float* x, int64_t ldx, int64_t row, Prepared& p) {
+  const float* from = x + row * ldx;
+  if (m.format == BF16 || m.format == LOSSLESS) {
+#if defined(__AVX512BF16__)
+    round_to_bf16(from, m.inputs, p.bf + row * p.padded, p.padded);
+#else
+    deinterleave(from, m.inputs, p.f + row * p.padded, p.padded);
+#endif
+  }
+  if (m.format != INT8 && m.format != INT4) return;
+#if defined(__AVX512VNNI__)
+  quantise_row(from, row, m, p);
+#else
+  if (p.x != x) pad(from, m.inputs, p.f + row * p.padded, p.padded);
+  block_sums(p.x + row * p.ldx, p.q_sum + row * p.blocks, p.padded / BLOCK);
+#endif
+}
+
+// R adjacent outputs of the rows [row, end), T rows at a time.
+template <class Tile, int R, int T>
+inline void row_tiles(const Matrix& m, const Prepared& x, int64_t row, int64_t end, float* y, int64_t ldy, int64_t output) {
+  for (; row + T <= end; row += T) tile<Tile, R, T>(m, x, output, 1, int(row), y, ldy);
+  if constexpr (T > 1)
+    if (row < end) row_tiles<Tile, R, T / 2>(m, x, row, end, y, ldy, output);
+}
+
+template <class Tile, int R, int T>
+inline void over_rows(const Matrix& m, const Prepared& x, int64_t rows, float* y, int64_t ldy, int64_t first, int64_t last) {
+  if (rows <= FEW) return over_tiles<Tile>(m, x, int(rows), y, ldy, first, last);
+  const int64_t each = round_up(ROWS_BYTES / (m.inputs * 4) + 1, T);
+  for (int64_t row = 0; row < rows; row += each) {
+    const int64_t end = row + each < rows ? row + each : rows;
+    int64_t output = first;
+    for (; output + R <= last; output += R) row_tiles<Tile, R, T>(m, x, row, end, y, ldy, output);
+    for (; output < last; ++output) row_tiles<Tile, 1, T>(m, x, row, end, y, ldy, output);
+  }
+}
+
+// y[row * ldy + output] for all rows, which `prepare_row` has prepared, and the outputs [first, last), on the calling thread.
+inline void multiply_rows(const Matrix& m, const Prepared& x, int64_t rows, float* y, int64_t ldy, int64_t first,
+                          int64_t last) {
+  constexpr int R = LANES == 16 ? 4 : 2;
+#if defined(__AVX512BF16__)
+  typedef PairTile Bfloat;
+  constexpr int PAIRS = 6;
+#else
+  typedef WideTile Bfloat;
+  constexpr int PAIRS = 4;
+#endif
+  switch (m.format) {
+    case F32: return over_rows<FloatTile, R, LANES == 16 ? 6 : 4>(m, x, rows, y, ldy, first, last);
+    case BF16: return over_rows<Bfloat, R, PAIRS>(m, x, rows, y, ldy, first, last);
+    case LOSSLESS: return over_rows<LosslessTile<Bfloat>, R, 4>(m, x, rows, y, ldy, first, last);
+    case INT8: return over_rows<CodeTile<INT8>, R, 4>(m, x, rows, y, ldy, first, last);
+    case INT4: return over_rows<CodeTile<INT4>, R, 4>(m, x, rows, y, ldy, first, last);
+  }
+}
+
+}  // namespace matrices
