@@ -197,7 +197,17 @@ class LayoutEntry(Structure):
 # Every structure that Python and the library share.
 STRUCTURES: tuple[type[Structure], ...] = (
     *(Matrix, AttentionCall, NormCall, RopeCall, ActivationCall),
-    *(NormWeights, LowRank, Adapters, LayerWeights, ModelWeights, LayerCache, DecodeStep, PackedForward, PagedStep),
+    *(
+        NormWeights,
+        LowRank,
+        Adapters,
+        LayerWeights,
+        ModelWeights,
+        LayerCache,
+        DecodeStep,
+        PackedForward,
+        PagedStep,
+    ),
 )
 
 

@@ -35,6 +35,11 @@ class Framework:
         """The backend's module with the class `EmbeddingAdapter`, which runs a model on texts without a head."""
         return importlib.import_module(f"monoblock.backends.{self.backend}.embedding_adapter")
 
+    @property
+    def engine_adapter(self) -> Any:
+        """The backend's module that loads a model for an engine (`load`) and runs its steps (`runner`)."""
+        return importlib.import_module(f"monoblock.backends.{self.backend}.engine_adapter")
+
     def missing(self) -> str | None:
         """The first of its packages that is not installed; None if all are installed."""
         return next((package for package in self.needs if not installed(package)), None)

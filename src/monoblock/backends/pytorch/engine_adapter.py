@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from monoblock import native
+from monoblock.auto import AutoModelForCausalLM
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.cache import DynamicCache
 from monoblock.backends.pytorch.kernels import dispatch
@@ -27,6 +29,7 @@ from monoblock.backends.pytorch.native_weights import (
     weights,
     weights_obstacle,
 )
+from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.batches import BLOCK, BatchRunner, EmbeddedImages, SequenceChunk
 from monoblock.generation.limits import host_memory
 from monoblock.native.abi import PagedStep
@@ -35,9 +38,23 @@ from monoblock.spec import ArchSpec, Learned, Rotary
 FREE_SHARE = 4  # by default the cache takes a quarter of the available memory
 
 
+def load(path: str, device: str, arguments: dict[str, Any], adapter: str | None) -> Any:
+    """The causal language model of a folder or a name, with a LoRA adapter if one is named. ValueError: as
+    `from_pretrained`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    placed = {} if device == "cpu" else {"device_map": device}
+    model = AutoModelForCausalLM.from_pretrained(path, **arguments, **placed)
+    if adapter is not None:
+        model.load_adapter(adapter)
+    return model.eval()
+
+
 def runner(model: Any, cache_memory: int | None, max_length: int | None = None) -> BatchRunner:
-    """The runner of a model that generates; `cache_memory`: bytes of the KV caches, None: a quarter of the memory that is
-    available; `max_length`: tokens of a sequence at most.
+    """The runner of a model that generates.
+
+    `cache_memory`: bytes of the KV caches, None: a quarter of the memory that is available; `max_length`: tokens of a
+    sequence at most.
 
     ValueError: a model that does not generate, or memory for less than one block.
     """
@@ -66,7 +83,9 @@ def _spec_obstacle(spec: ArchSpec, max_length: int | None) -> str | None:
     if rotary is not None and rotary.scaling is not None and rotary.scaling.kind == "dynamic":
         if max_length is not None and max_length <= rotary.scaling.original_length:
             return None  # it has no effect
-        return f"{dispatch.spec_obstacle(spec)}: set max_model_len to at most {rotary.scaling.original_length}"
+        return (
+            f"{dispatch.spec_obstacle(spec)}: set max_model_len to at most {rotary.scaling.original_length}"
+        )
     return dispatch.spec_obstacle(spec)
 
 
@@ -92,8 +111,8 @@ def _available(device: torch.device) -> int:
     """Bytes of memory that are available."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10
     return (host_memory() or 8 << 30) // 2
@@ -126,7 +145,7 @@ class NativeRunner(_Images):
     """All sequences of a step in one call of the native library."""
 
     divides = True
-    why = None
+    why: str | None = None
 
     def __init__(self, model: Any, blocks: int) -> None:
         self.model, self.blocks = model, blocks
@@ -136,7 +155,7 @@ class NativeRunner(_Images):
         # References to the tensors, so that the memory that the structures point to is not freed.
         self._tensors = [tensor.detach() for _, _, tensor in inventory.tensors()]
         self._weights = weights(model, inventory, self._tensors)
-        self.ops = TorchOps()
+        self.ops: ArrayOps = TorchOps()
         self.vocab = self._weights.vocab
         self._run = native.library().mb_paged_step
         bf16 = common_dtype(model) == torch.bfloat16
@@ -208,8 +227,9 @@ class ModuleRunner(_Images):
     divides = False
 
     def __init__(self, model: Any, blocks: int, why: str) -> None:
-        self.model, self.blocks, self.why = model, blocks, why
-        self.ops = TorchOps(model.device)
+        self.model, self.blocks = model, blocks
+        self.why: str | None = why
+        self.ops: ArrayOps = TorchOps(model.device)
         self.vocab: int = model.spec.vocab
         self._caches: dict[int, DynamicCache] = {}
 
@@ -233,7 +253,9 @@ class ModuleRunner(_Images):
                     embeds[0, at] = chunk.images.embeds[row].to(embeds)
             tokens = {"inputs_embeds": embeds}
         keep = max(1, chunk.wanted)
-        out = self.model(**tokens, past_key_values=cache, use_cache=True, logits_to_keep=keep, return_dict=True)
+        out = self.model(
+            **tokens, past_key_values=cache, use_cache=True, logits_to_keep=keep, return_dict=True
+        )
         return [out.logits[0].float()] if chunk.wanted else []
 
     def drop(self, key: int) -> None:

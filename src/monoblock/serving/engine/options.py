@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Limits of an engine.

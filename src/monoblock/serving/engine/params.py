@@ -78,7 +78,9 @@ class SamplingParams:
             values = getattr(self, name)
             listed = (values,) if isinstance(values, str) else tuple(values)
             if len(listed) > MOST_STOPS or not all(isinstance(v, kind) and v != "" for v in listed):
-                raise ValueError(f"{name} must be at most {MOST_STOPS} of {kind.__name__}, got {brief(values)}")
+                raise ValueError(
+                    f"{name} must be at most {MOST_STOPS} of {kind.__name__}, got {brief(values)}"
+                )
             object.__setattr__(self, name, listed)
         for token, bias in self.logit_bias.items():
             _integer("logit_bias's token", token, 0, 2**31 - 1)

@@ -1,0 +1,79 @@
+"""Loads a model and makes its engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monoblock.pipelines.frameworks import FRAMEWORKS, of_model
+from monoblock.serving.engine.engine import Engine
+from monoblock.serving.engine.options import EngineOptions
+
+
+def load_engine(
+    model: str | None,
+    *,
+    options: EngineOptions | None = None,
+    name: str | None = None,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    device: str = "auto",
+    adapter: str | None = None,
+    hub: dict[str, Any] | None = None,
+) -> Engine:
+    """The engine of a model in a folder or on the hub; None: the embedded demo.
+
+    `name`: under which it is served; `quantize`: "int8", "int4" or "lossless"; `device`: "auto" (a GPU if there is
+    one), "cpu", "cuda", ...; `adapter`: folder or name of a LoRA adapter; `hub`: download options of `from_pretrained`.
+    ImportError without PyTorch; ValueError for a model that does not generate text, or whose tokenizer is missing.
+    """
+    import monoblock
+
+    framework = FRAMEWORKS["pt"]
+    if framework.missing() is not None:
+        raise ImportError(f"the engine runs on {framework.name}, which is not installed: {framework.install}")
+    if model is None:
+        from monoblock import demo
+
+        path, name = str(demo.path()), name or "demo"
+    else:
+        path = model
+    where = hub or {}
+    arguments: dict[str, Any] = {"dtype": dtype, **where}
+    if quantize is not None:
+        arguments["quantization_config"] = quantize
+    tokenizer: Any = monoblock.AutoTokenizer.from_pretrained(path, **where)
+    adapted = framework.engine_adapter
+    loaded = adapted.load(path, device, arguments, adapter)
+    return make_engine(
+        loaded, tokenizer, options=options, name=name or model, processor=_processor(loaded, path, where)
+    )
+
+
+def make_engine(
+    model: Any,
+    tokenizer: Any,
+    *,
+    options: EngineOptions | None = None,
+    name: str | None = None,
+    processor: Any = None,
+) -> Engine:
+    """The engine of one of monoblock's PyTorch models. ValueError for other models, or one that does not generate."""
+    options = options or EngineOptions()
+    framework = of_model(model)
+    if framework is not FRAMEWORKS["pt"]:
+        raise ValueError(
+            f"the engine runs PyTorch models, got {type(model).__name__}: load the model without its prefix"
+        )
+    runner = framework.engine_adapter.runner(model, options.cache_memory, options.max_model_len)
+    return Engine(model, tokenizer, runner, name=name or "", processor=processor, options=options)
+
+
+def _processor(model: Any, path: str, where: dict[str, Any]) -> Any:
+    """The processor of an image-text model, else None."""
+    from monoblock.families import AUTO
+
+    if model.row.name not in AUTO["AutoModelForImageTextToText"]:
+        return None
+    from monoblock import AutoProcessor
+
+    return AutoProcessor.from_pretrained(path, **where)
