@@ -1,0 +1,99 @@
+"""Writes docs/images/serving-*.png, screenshots of the page: `python tools/make_page_pictures.py [FOLDER]`.
+
+Needs Chromium, chromedriver and selenium. The conversation is scripted; the page is the one that the server has.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "serving"))
+
+import browser
+from PIL import Image
+from stand_in import StandIn
+
+FOLDER = ROOT / "docs" / "images"
+QUESTION = "How do I read a large file line by line in Python, and what does it cost?"
+ANSWER = """Iterate over the file object: it reads in **buffered blocks** and gives one line at a time, so memory stays small.
+
+```python
+def count_words(path: str) -> int:
+    with open(path, encoding="utf-8") as file:
+        return sum(len(line.split()) for line in file)
+```
+
+| way | memory | when |
+|---|---|---|
+| `for line in file` | one line | almost always |
+| `file.readlines()` | the whole file | small files |
+| `mmap` | pages on demand | random access |
+
+- A line that is longer than the memory needs `file.read(size)`.
+- Pass `encoding=`, or the result depends on the machine.
+"""
+SECOND = "And from a compressed file?"
+SECOND_ANSWER = "Open it with `gzip.open(path, \"rt\")`; the loop stays the same, and the text is decompressed as it is read."
+
+
+def ask(driver: Any, text: str) -> None:
+    """Send a message and wait for the end of the reply."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    field = driver.find_element(By.ID, "prompt")
+    field.send_keys(text)
+    driver.find_element(By.ID, "send").click()
+    WebDriverWait(driver, 20).until(
+        lambda d: d.find_elements(By.CSS_SELECTOR, "#messages .assistant:last-child .meta")
+        and not d.find_element(By.ID, "send").get_attribute("hidden")
+    )
+
+
+def save(driver: Any, name: str, folder: Path) -> None:
+    """The viewport as a PNG with a palette, which is a quarter of the size."""
+    image = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
+    path = folder / f"serving-{name}.png"
+    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path.name}: {image.width}x{image.height}, {path.stat().st_size // 1024} KB")
+
+
+def main(folder: Path) -> None:
+    """Write all pictures."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with StandIn() as server, browser.chromium() as driver:
+        server.replies = {QUESTION: ANSWER, SECOND: SECOND_ANSWER}
+        server.pause = 0.02
+        browser.prefer(driver, "light")
+        browser.resize(driver, 1180, 860)
+        driver.get(server.url)
+        wait = WebDriverWait(driver, 10)
+        wait.until(lambda d: d.find_element(By.ID, "model").is_enabled())
+        save(driver, "start", folder)
+        ask(driver, QUESTION)
+        ask(driver, SECOND)
+        save(driver, "light", folder)
+        browser.prefer(driver, "dark")
+        save(driver, "dark", folder)
+        browser.prefer(driver, "light")
+        driver.find_element(By.ID, "open-settings").click()
+        save(driver, "settings", folder)
+        driver.find_element(By.CSS_SELECTOR, "#settings .bar button").click()
+        driver.find_elements(By.CSS_SELECTOR, "[data-tool=attention]")[-1].click()
+        wait.until(lambda d: d.find_elements(By.CSS_SELECTOR, ".token"))
+        save(driver, "attention", folder)
+        driver.find_element(By.ID, "attention-close").click()
+        browser.resize(driver, 390, 780, phone=True, scale=1.5)
+        driver.execute_script("document.getElementById('scroll').scrollTop = 0; document.activeElement.blur()")
+        save(driver, "phone", folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
