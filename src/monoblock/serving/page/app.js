@@ -620,6 +620,9 @@ function listen() {
   get("key").addEventListener("close", () => {
     if (afterKey) report(new ApiError("Without a key, this server does not answer."), afterKey);
     afterKey = null;
+    // Chromium gives the focus back to the field, but its text cannot be edited before it gets the focus again.
+    prompt.blur();
+    prompt.focus();
   });
   get("forget-key").addEventListener("click", () => {
     key.forget();

@@ -117,7 +117,10 @@ function readList(lines, at) {
     if (indent < 0) blank = true;
     // Models often indent an inner list by two spaces, whatever the width of the marker.
     else if (item && indent >= Math.min(width, 2)) {
-      if (blank) item.push("");
+      if (blank) {
+        item.push("");
+        list.loose = true;
+      }
       item.push(unindented(line, width));
       blank = false;
     } else if (match && match[2].at(-1) === kind && !RULE.test(line)) {
