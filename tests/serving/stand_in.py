@@ -32,6 +32,7 @@ class StandIn:
         self.broken: dict[str, str] = {}  # message -> "cut" or "error": how its stream ends
         self.pause = 0.0  # seconds between two events
         self.key = ""
+        self.untold = False  # whether the list of models has no word about templates
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.disconnected = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": self}))
@@ -65,7 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
         name = self.path.removeprefix("/page/")
         if self.path == "/v1/models":
             if self._allowed():
-                self._json(200, {"object": "list", "data": MODELS})
+                hidden = {"chat_template"} if self.state.untold else set[str]()
+                models = [{k: v for k, v in model.items() if k not in hidden} for model in MODELS]
+                self._json(200, {"object": "list", "data": models})
             return
         try:
             file = page_file() if self.path == "/" else page_file(name)
@@ -81,6 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/attention":
             self._attention(body)
+            return
+        if "messages" in body and body["model"] == "plain":
+            self._error(400, "this model has no chat template", code="no_chat_template")
             return
         asked = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         if asked in self.state.errors:
@@ -146,8 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
         }
         self._json(200, found)
 
-    def _error(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        self._json(status, {"error": {"message": message, "type": "error", "code": None}}, headers)
+    def _error(
+        self, status: int, message: str, headers: dict[str, str] | None = None, code: str | None = None
+    ) -> None:
+        self._json(status, {"error": {"message": message, "type": "error", "code": code}}, headers)
 
     def _json(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
         self._send(status, json.dumps(content).encode(), "application/json", headers or {})

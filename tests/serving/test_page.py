@@ -140,8 +140,8 @@ def test_a_reply_streams_with_its_counts(page: Page) -> None:
     [body] = page.server.bodies("/v1/chat/completions")
     assert body["messages"] == [{"role": "user", "content": "count"}]
     assert body["stream"] is True and body["stream_options"] == {"include_usage": True}
-    assert (body["model"], body["max_tokens"]) == ("chatty", 512)
-    assert "temperature" not in body, "an empty setting is not sent"
+    assert body.keys() == {"model", "messages", "stream", "stream_options"}, "an empty setting is not sent"
+    assert body["model"] == "chatty"
 
 
 def test_the_next_message_has_the_whole_conversation(page: Page) -> None:
@@ -255,7 +255,7 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
     page.one("#settings .bar button").click()
     page.send("second")
     body = page.server.requests[-1][1]
-    assert "seed" not in body and body["max_tokens"] == 512 and body["messages"][0]["role"] == "user"
+    assert not body.keys() & {"seed", "max_tokens"} and body["messages"][0]["role"] == "user"
 
 
 @pytest.mark.parametrize(
@@ -629,6 +629,7 @@ def test_a_model_without_a_template_continues_text(page: Page) -> None:
     page.until(lambda: page.idle() and len(page.messages()) == 2)
     path, body = page.server.requests[-1]
     assert (path, body["prompt"], body["model"]) == ("/v1/completions", "Once upon a time", "plain")
+    assert body["max_tokens"] == 128
     assert page.messages() == ["Once upon a time", "and so on"]
     page.one("#send").click()  # an empty field continues the text
     page.until(lambda: page.idle() and len(page.messages()) == 3)
@@ -639,6 +640,25 @@ def test_a_model_without_a_template_continues_text(page: Page) -> None:
     page.until(lambda: page.one("#model").is_enabled())
     assert page.one("#model").get_attribute("value") == "plain", "the model is kept"
     assert [option.text for option in page.all("#model option")] == ["chatty", "plain"]
+
+
+def test_a_model_is_found_to_have_no_template(page: Page) -> None:
+    """The list of models cannot tell before a model is loaded."""
+    page.server.untold = True
+    page.driver.refresh()
+    page.until(lambda: page.one("#model").is_enabled())
+    page.one("#model option[value=plain]").click()
+    page.start("Once upon a time")
+    page.until(lambda: page.messages() == ["Once upon a time", "and so on"] and page.idle())
+    assert [path for path, _ in page.server.requests] == ["/v1/chat/completions", "/v1/completions"]
+    assert page.text("#alert") == ""
+    assert page.one("#prompt").get_attribute("placeholder") == "Write the beginning of a text"
+
+
+def test_a_text_does_not_ask_for_more_than_the_context(page: Page) -> None:
+    page.one("#model option[value=plain]").click()
+    page.send("x " * 490)
+    assert page.server.requests[-1][1]["max_tokens"] == 1024 - 980 - 1
 
 
 def test_the_attention_view_shows_weights(page: Page) -> None:
@@ -672,3 +692,81 @@ def test_the_attention_view_shows_weights(page: Page) -> None:
     assert rows == 3
     page.keys("\ue00c")
     assert page.focused() == "attention"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The real server with the embedded demo, and with a model without a chat template."""
+    live_server = pytest.importorskip("live_server", reason="needs the extras serve and torch")
+    import server_models
+
+    from monoblock import AutoTokenizer, demo
+
+    folder = server_models.tools_model(tmp_path_factory.mktemp("models") / "plain")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    assert demo.path().is_dir()
+    with live_server.live(None, folder, names=["demo", "plain"], api_key="secret") as server:
+        yield server
+
+
+def test_the_real_server(driver: Any, real: Any) -> None:
+    page = Page(driver, StandIn())
+    page.server.key = "secret"
+    driver.get(real.url + "/")
+    page.until(lambda: page.one("#key").is_displayed())
+    page.one("#key-value").send_keys("secret")
+    page.one("#key .primary").click()
+    page.until(lambda: page.one("#model").is_enabled())
+    page.one("#open-settings").click()
+    page.fill("#parameter-temperature", "0")
+    page.fill("#parameter-max_tokens", "12")
+    page.one("#settings .bar button").click()
+    page.send("Write a function.")
+    assert page.text("#alert") == ""
+    asked = {"model": "demo", "messages": [{"role": "user", "content": "Write a function."}], "temperature": 0}
+    whole = real.http.post("/v1/chat/completions", json={**asked, "max_tokens": 12}, headers={"Authorization": "Bearer secret"})
+    content = whole.json()["choices"][0]["message"]["content"]
+    shown = page.script("return document.querySelector('#messages .assistant').node.content")
+    assert shown == content and content
+    assert "12 tokens" in page.text("#messages .assistant .meta")
+    page.tool("attention")
+    page.until(lambda: page.all(".token"))
+    assert len(page.all("#attention-layer option")) == 5
+    page.one("#attention-close").click()
+    page.one("#open-settings").click()
+    page.fill("#parameter-max_tokens", "5000")
+    page.keys("\ue00c")
+    page.send("More.")
+    assert "context has 1,024 tokens" in page.text("#alert")
+    page.one("#open-settings").click()
+    page.one("#reset").click()
+    page.keys("\ue00c")
+    page.one("#new").click()
+    page.one("#model option[value=plain]").click()
+    page.start("name")
+    page.until(lambda: len(page.messages()) == 2 and page.idle())
+    assert page.text("#alert") == ""
+    assert page.one("#prompt").get_attribute("placeholder") == "Write the beginning of a text"
+    assert page.script("return document.querySelector('#messages .assistant').node.usage.completion_tokens") > 0
+
+
+def test_stop_cancels_in_the_real_server(driver: Any, real: Any) -> None:
+    page = Page(driver, StandIn())
+    page.server.key = "secret"
+    driver.get(real.url + "/")
+    page.until(lambda: page.one("#model").is_enabled())
+    page.one("#model option[value=demo]").click()
+    page.one("#new").click()
+    page.one("#open-settings").click()
+    page.fill("#parameter-max_tokens", "900")
+    page.one("#settings .bar button").click()
+    page.start("Write a long function.")
+    page.until(lambda: len(page.messages()) == 2 and page.messages()[1])
+    page.one("#stop").click()
+    page.until(page.idle)
+    entry = real.app.state.registry.entries["demo"]
+    page.until(lambda: entry.loaded.engine.stats().running == 0)
+    assert entry.users == 0

@@ -6,6 +6,8 @@ import { Conversation } from "./conversation.js";
 import { render } from "./markdown.js";
 import * as settingsForm from "./settings.js";
 
+const TEXT_TOKENS = 128; // new ones of a plain text by default; the API's own default is 16
+
 const EXAMPLES = {
   chat: [
     "Explain in two sentences what a KV cache is.",
@@ -102,6 +104,16 @@ function messagesOf(path) {
 
 const plainText = (path) => path.map((node) => node.content).join("");
 
+/** The default of new tokens after a plain text, as far as there is room. */
+function textTokens(path) {
+  const size = currentModel().max_model_len;
+  if (!size) return TEXT_TOKENS;
+  const at = path.findLastIndex((node) => node.usage);
+  const known = at < 0 ? 0 : path[at].usage.prompt_tokens + path[at].usage.completion_tokens;
+  const more = plainText(path.slice(at + 1)).length; // a token has at least one character
+  return Math.max(1, Math.min(TEXT_TOKENS, size - known - more - 1));
+}
+
 const input = (path) => (isChat() ? { messages: messagesOf(path) } : { prompt: plainText(path) });
 
 /** Reply to the message `parent`, as a new version. */
@@ -118,6 +130,7 @@ async function reply(parent) {
   const body = {
     model: currentModel().id,
     ...input(path),
+    ...(chat ? {} : { max_tokens: textTokens(path) }),
     ...settingsForm.sampling(settings),
     stream: true,
     stream_options: { include_usage: true },

@@ -25,7 +25,7 @@ export const DEFAULTS = {
   theme: "system",
   enterSends: true,
   stop: [],
-  parameters: { max_tokens: 512 },
+  parameters: {},
 };
 
 /** The number that a text stands for, null for an empty one; RangeError in words for anything else. */
@@ -91,7 +91,7 @@ export function save(settings) {
   }
 }
 
-/** The sampling fields of a request. */
+/** The sampling fields of a request; an empty one is left to the server. */
 export function sampling(settings) {
   const fields = { ...settings.parameters };
   if (settings.stop.length) fields.stop = settings.stop;
