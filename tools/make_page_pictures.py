@@ -13,13 +13,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "serving"))
 
-import browser
-from PIL import Image
-from stand_in import StandIn
+import browser  # noqa: E402
+from PIL import Image  # noqa: E402
+from stand_in import StandIn  # noqa: E402
 
 FOLDER = ROOT / "docs" / "images"
 QUESTION = "How do I read a large file line by line in Python, and what does it cost?"
-ANSWER = """Iterate over the file object: it reads in **buffered blocks** and gives one line at a time, so memory stays small.
+ANSWER = """Iterate over the file object: it reads in **buffered blocks** and gives one line at a time.
 
 ```python
 def count_words(path: str) -> int:
@@ -37,7 +37,8 @@ def count_words(path: str) -> int:
 - Pass `encoding=`, or the result depends on the machine.
 """
 SECOND = "And from a compressed file?"
-SECOND_ANSWER = "Open it with `gzip.open(path, \"rt\")`; the loop stays the same, and the text is decompressed as it is read."
+SECOND_ANSWER = """Open it with `gzip.open(path, "rt")`; the loop stays the same, and the text is decompressed as
+it is read."""
 
 
 def ask(driver: Any, text: str) -> None:
@@ -49,8 +50,10 @@ def ask(driver: Any, text: str) -> None:
     field.send_keys(text)
     driver.find_element(By.ID, "send").click()
     WebDriverWait(driver, 20).until(
-        lambda d: d.find_elements(By.CSS_SELECTOR, "#messages .assistant:last-child .meta")
-        and not d.find_element(By.ID, "send").get_attribute("hidden")
+        lambda d: (
+            d.find_elements(By.CSS_SELECTOR, "#messages .assistant:last-child .meta")
+            and not d.find_element(By.ID, "send").get_attribute("hidden")
+        )
     )
 
 
@@ -91,7 +94,9 @@ def main(folder: Path) -> None:
         save(driver, "attention", folder)
         driver.find_element(By.ID, "attention-close").click()
         browser.resize(driver, 390, 780, phone=True, scale=1.5)
-        driver.execute_script("document.getElementById('scroll').scrollTop = 0; document.activeElement.blur()")
+        driver.execute_script(
+            "document.getElementById('scroll').scrollTop = 0; document.activeElement.blur()"
+        )
         save(driver, "phone", folder)
 
 

@@ -137,7 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
         text = body["prompt"] if "prompt" in body else "".join(m["content"] for m in body["messages"])
         tokens = [word.replace(" ", "␣").replace("\n", "↵") for word in _words(text)]
         position = body.get("position", len(tokens) - 1)
-        scores = [1 + (i * 7 + 3 * _index(body["layer"]) + 5 * _index(body["head"])) % 11 for i in range(position + 1)]
+        scores = [
+            1 + (i * 7 + 3 * _index(body["layer"]) + 5 * _index(body["head"])) % 11
+            for i in range(position + 1)
+        ]
         scores[0] += 30
         found = {
             "model": body["model"],

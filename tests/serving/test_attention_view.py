@@ -27,7 +27,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("models")
     tools = server_models.tools_model(folder / "tools")
     vectors = server_models.vector_model(folder)
-    with live(None, tools, vectors, names=["demo", "tools", "vectors"], loading={"device": "cpu", "dtype": "float32"}) as server:
+    with live(
+        None,
+        tools,
+        vectors,
+        names=["demo", "tools", "vectors"],
+        loading={"device": "cpu", "dtype": "float32"},
+    ) as server:
         yield server
 
 

@@ -128,7 +128,9 @@ def test_a_reply_streams_with_its_counts(page: Page) -> None:
     page.server.pause = 0.05
     page.server.replies["count"] = "one two three four five six seven eight nine ten eleven twelve"
     page.start("count")
-    seen = page.until(lambda: page.messages()[1:] and len(page.messages()[1].split()) >= 2 and page.messages()[1])
+    seen = page.until(
+        lambda: page.messages()[1:] and len(page.messages()[1].split()) >= 2 and page.messages()[1]
+    )
     assert len(seen.split()) < 12, "the text comes while it is generated"
     assert not page.idle()
     assert page.one("#messages .assistant").get_attribute("aria-busy") == "true"
@@ -201,7 +203,11 @@ def test_an_edited_reply_is_what_the_model_reads(page: Page) -> None:
     page.one(".edit .primary").click()
     assert page.messages() == ["first", "another reply"]
     page.send("second")
-    assert [m["content"] for m in page.server.requests[-1][1]["messages"]] == ["first", "another reply", "second"]
+    assert [m["content"] for m in page.server.requests[-1][1]["messages"]] == [
+        "first",
+        "another reply",
+        "second",
+    ]
 
 
 def test_an_edit_can_be_left(page: Page) -> None:
@@ -282,7 +288,12 @@ def test_wrong_settings_are_refused_in_words(page: Page, field: str, value: str,
 
 
 def test_damaged_storage_gives_the_defaults(page: Page) -> None:
-    for content in ("{", '{"parameters": {"temperature": 99, "seed": "x"}, "theme": 3, "stop": [1]}', "[]", "null"):
+    for content in (
+        "{",
+        '{"parameters": {"temperature": 99, "seed": "x"}, "theme": 3, "stop": [1]}',
+        "[]",
+        "null",
+    ):
         page.script("localStorage.setItem('monoblock.settings', arguments[0])", content)
         page.script("sessionStorage.setItem('monoblock.conversation', arguments[0])", content)
         page.driver.refresh()
@@ -403,7 +414,10 @@ def test_a_phone_needs_no_horizontal_scrolling(page: Page, width: int, height: i
 
     assert fits("html") and fits("#scroll")
     assert inside() == []
-    for opener, closer in (("#open-settings", "#settings .bar button"), ("[data-tool=attention]", "#attention-close")):
+    for opener, closer in (
+        ("#open-settings", "#settings .bar button"),
+        ("[data-tool=attention]", "#attention-close"),
+    ):
         page.script("document.querySelector(arguments[0]).click()", opener)
         page.until(lambda: page.all("dialog[open]"))
         assert fits("dialog[open]")
@@ -506,7 +520,8 @@ def test_markdown_becomes_elements(page: Page) -> None:
         const copy = document.querySelector("#messages .assistant .body").cloneNode(true);
         copy.querySelectorAll(".code-bar").forEach((e) => e.remove());
         for (const e of copy.querySelectorAll("*"))
-          for (const name of e.getAttributeNames()) if (!["href", "scope", "style"].includes(name)) e.removeAttribute(name);
+          for (const name of e.getAttributeNames())
+            if (!["href", "scope", "style"].includes(name)) e.removeAttribute(name);
         return copy.innerHTML;
         """
     )
@@ -608,7 +623,12 @@ def test_a_key_is_asked_for_and_sent(driver: Any, server: StandIn) -> None:
     page.until(lambda: page.one("#key").is_displayed())
     page.one("#key-value").send_keys("wrong")
     page.one("#key .primary").click()
-    page.until(lambda: page.one("#key").is_displayed() and page.text("#key-text") == "The server did not accept this key.")
+    page.until(
+        lambda: (
+            page.one("#key").is_displayed()
+            and page.text("#key-text") == "The server did not accept this key."
+        )
+    )
     page.one("#key-value").send_keys("secret")
     page.one("#key .primary").click()
     page.until(lambda: page.one("#model").is_enabled())
@@ -620,7 +640,9 @@ def test_a_key_is_asked_for_and_sent(driver: Any, server: StandIn) -> None:
     page.one("#key-value").send_keys("changed")
     page.one("#key .primary").click()
     page.until(lambda: page.messages()[3:] == ["re: second"])
-    assert page.script("return JSON.stringify({...localStorage})").find("changed") < 0, "not kept beyond the tab"
+    assert page.script("return JSON.stringify({...localStorage})").find("changed") < 0, (
+        "not kept beyond the tab"
+    )
 
 
 def test_a_model_without_a_template_continues_text(page: Page) -> None:
@@ -671,10 +693,14 @@ def test_the_attention_view_shows_weights(page: Page) -> None:
     assert (body["layer"], body["head"]) == ("mean", "mean")
     assert len(page.all("#attention-layer option")) == LAYERS + 1
     assert len(page.all("#attention-head option")) == HEADS + 1
-    shares = page.script("return [...document.querySelectorAll('.token')].map((e) => e.style.getPropertyValue('--share'))")
+    shares = page.script(
+        "return [...document.querySelectorAll('.token')].map((e) => e.style.getPropertyValue('--share'))"
+    )
     assert max(map(float, shares[1:])) == 1 and shares[0] == "0.000", "scaled without the first token"
     page.one("#attention-first").click()
-    shares = page.script("return [...document.querySelectorAll('.token')].map((e) => e.style.getPropertyValue('--share'))")
+    shares = page.script(
+        "return [...document.querySelectorAll('.token')].map((e) => e.style.getPropertyValue('--share'))"
+    )
     assert shares[0] == "1.000"
     page.one("#attention-layer option[value='2']").click()
     page.one("#attention-head option[value='1']").click()
@@ -726,8 +752,14 @@ def test_the_real_server(driver: Any, real: Any) -> None:
     page.one("#settings .bar button").click()
     page.send("Write a function.")
     assert page.text("#alert") == ""
-    asked = {"model": "demo", "messages": [{"role": "user", "content": "Write a function."}], "temperature": 0}
-    whole = real.http.post("/v1/chat/completions", json={**asked, "max_tokens": 12}, headers={"Authorization": "Bearer secret"})
+    asked = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "Write a function."}],
+        "temperature": 0,
+    }
+    whole = real.http.post(
+        "/v1/chat/completions", json={**asked, "max_tokens": 12}, headers={"Authorization": "Bearer secret"}
+    )
     content = whole.json()["choices"][0]["message"]["content"]
     shown = page.script("return document.querySelector('#messages .assistant').node.content")
     assert shown == content and content
@@ -750,7 +782,9 @@ def test_the_real_server(driver: Any, real: Any) -> None:
     page.until(lambda: len(page.messages()) == 2 and page.idle())
     assert page.text("#alert") == ""
     assert page.one("#prompt").get_attribute("placeholder") == "Write the beginning of a text"
-    assert page.script("return document.querySelector('#messages .assistant').node.usage.completion_tokens") > 0
+    assert (
+        page.script("return document.querySelector('#messages .assistant').node.usage.completion_tokens") > 0
+    )
 
 
 def test_stop_cancels_in_the_real_server(driver: Any, real: Any) -> None:

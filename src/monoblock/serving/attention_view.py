@@ -51,7 +51,9 @@ ATTENTION = Endpoint(
 )
 
 router = APIRouter()
-_kept: WeakKeyDictionary[AsyncEngine, OrderedDict[tuple[int, ...], np.ndarray[Any, Any]]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[AsyncEngine, OrderedDict[tuple[int, ...], np.ndarray[Any, Any]]] = (
+    WeakKeyDictionary()
+)
 
 
 @router.post(

@@ -281,8 +281,8 @@ def attention_weights(model: Any, ids: Sequence[int]) -> np.ndarray[Any, Any]:
             output_attentions=True,
             return_dict=True,
         )
-    for layer, weights in enumerate(out.attentions):
-        row = weights[0, :, -1].float().cpu().numpy()
+    for layer, attended in enumerate(out.attentions):
+        row = attended[0, :, -1].float().cpu().numpy()
         kept = min(row.shape[-1], len(ids))
         found[layer, :, len(ids) - kept :] = row[:, row.shape[-1] - kept :]
     return found

@@ -24,7 +24,9 @@ _TYPES = {
 INDEX = "index.html"
 # Only these are served, at /page/NAME; index.html at /.
 NAMES = tuple(
-    sorted(path.name for path in Path(__file__).parent.iterdir() if path.suffix in _TYPES and path.name != INDEX)
+    sorted(
+        path.name for path in Path(__file__).parent.iterdir() if path.suffix in _TYPES and path.name != INDEX
+    )
 )
 
 
