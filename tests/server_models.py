@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import embedding_models
 import fuyu_tokenizer
 import tiny_families
 from helpers import randomised
 from text_tokenizers import byte_level
+from tokenizers import processors
 
 import monoblock
 from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast
@@ -26,6 +25,9 @@ def tools_model(folder: Path) -> Path:
     """A Mistral whose tokenizer has the special tokens and the template of Mistral's version 3."""
     backend = byte_level(" the", " a", "name", "arguments", '{"', '": "')
     backend.add_special_tokens(list(SPECIAL))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
@@ -85,7 +87,3 @@ def image_model(folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     return folder
 
-
-def json_file(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text())

@@ -56,6 +56,7 @@ class RequestGuard:
         task = asyncio.current_task()
         if not apart:
             self.state.running += 1
+            self.state.metrics.in_flight.inc()
             if task is not None:
                 self.tasks.add(task)
         try:
@@ -70,6 +71,7 @@ class RequestGuard:
         finally:
             if not apart:
                 self.state.running -= 1
+                self.state.metrics.in_flight.dec()
                 if task is not None:
                     self.tasks.discard(task)
                 if self.state.drained():

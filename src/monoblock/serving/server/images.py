@@ -155,6 +155,14 @@ def _received(answer: http.client.HTTPResponse, until: float, limits: Limits, pa
     return bytes(data)
 
 
+def _too_many(count: str, limits: Limits, param: str) -> ApiError:
+    return ApiError(
+        f"the image has {count} pixels; this server accepts {limits.image_pixels:,}",
+        param=param,
+        code="image_too_large",
+    )
+
+
 def _decoded(data: bytes, limits: Limits, param: str) -> Any:
     """The image in RGB; the pixels are counted before they are decoded."""
     try:
@@ -167,14 +175,12 @@ def _decoded(data: bytes, limits: Limits, param: str) -> Any:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             pixels = image.width * image.height
             if pixels > limits.image_pixels:
-                raise ApiError(
-                    f"the image has {pixels:,} pixels; this server accepts {limits.image_pixels:,}",
-                    param=param,
-                    code="image_too_large",
-                )
+                raise _too_many(f"{pixels:,}", limits, param)
             return image.convert("RGB")
     except ApiError:
         raise
+    except Image.DecompressionBombError:
+        raise _too_many("too many", limits, param) from None
     except Exception as error:  # a damaged file may raise anything
         raise _refused(
             f"the data is not a readable image of the types {', '.join(FORMATS)} ({type(error).__name__})",

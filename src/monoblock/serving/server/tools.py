@@ -187,18 +187,16 @@ class ToolParser:
             text, self._rest = self._rest[:at], self._rest[at + len(TOOL_CALLS) :]
             self._state = "calls"
             return text
+        kept = 0 if final else _overlap(self._rest, (TOOL_CALLS, *self.hidden))
         if self._state == "start":
-            if not final and not self._visible(self._rest).strip():
-                return ""
+            start = self._visible(self._rest[: len(self._rest) - kept])
             # Text that begins like a JSON object may be one call, or a list of calls.
-            start = self._visible(self._rest)
             if _OPENING.match(start):
                 self._state = "whole"
                 return ""
-            if start.strip() == "[" and not final:
+            if start.strip() in ("", "[") and not final:
                 return ""
             self._state = "text"
-        kept = 0 if final else _overlap(self._rest, (TOOL_CALLS, *self.hidden))
         text, self._rest = self._rest[: len(self._rest) - kept], self._rest[len(self._rest) - kept :]
         return text
 
