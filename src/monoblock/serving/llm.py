@@ -151,9 +151,10 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters of calls without any: those of the model's generation_config.json."""
         self._need("generate", "generate")
-        config = self._engine.generation_config
-        limit = {"max_tokens": config.max_new_tokens} if "max_new_tokens" in config.set_fields() else {}
-        return SamplingParams(**self._engine.defaults(), **limit)
+        values, config = self._engine.defaults(), self._engine.generation_config
+        if "max_new_tokens" in config.set_fields():
+            values["max_tokens"] = config.max_new_tokens
+        return SamplingParams(**values)
 
     def generate(
         self,
