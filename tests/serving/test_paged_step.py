@@ -161,7 +161,9 @@ def test_scores_do_not_depend_on_what_shares_the_step(kind: str, tmp_path: Path)
     ids = ids_of(2 * BLOCK + 11)
     alone = logits(steps, ids)
     assert alone.isfinite().all()
-    for seed, sizes in enumerate([[1] * 30 + [len(ids) - 30], [70, 1, 1, len(ids) - 72], [5, 9, len(ids) - 14]]):
+    for seed, sizes in enumerate(
+        [[1] * 30 + [len(ids) - 30], [70, 1, 1, len(ids) - 72], [5, 9, len(ids) - 14]]
+    ):
         assert torch.equal(divided(steps, ids, sizes, seed), alone), (kind, sizes)
 
 
