@@ -364,8 +364,9 @@ def test_an_error_of_one_request_is_its_own() -> None:
 
 
 def test_models_that_do_not_generate_are_refused() -> None:
-    from monoblock.serving.engine.loading import make_engine
     from tiny_families import MODEL_TYPES, fields, monoblock_model
+
+    from monoblock.serving.engine.loading import make_engine
 
     encoder = monoblock_model("MPNetForMaskedLM", **fields(MODEL_TYPES["MPNetForMaskedLM"]))
     with pytest.raises(ValueError, match="does not generate"):
