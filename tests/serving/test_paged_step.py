@@ -1,5 +1,5 @@
-"""The native step over a paged cache (engine_adapter.py): logits against tests/oracle.py and the modules, for every option,
-family and weight format; and that a token's scores have the same bits whatever shares the step."""
+"""The native step over a paged cache (engine_adapter.py): logits against tests/oracle.py and the modules, for every
+option, family and weight format; and that a token's scores have the same bits whatever shares the step."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_every_class(name: str) -> None:
 def test_several_blocks(name: str) -> None:
     """Longer than a block and than any window; many rows of inputs."""
     length = 3 * BLOCK + 19
-    longer = {key: length for key in ("max_position_embeddings", "n_positions", "max_seq_len")}
+    longer = dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), length)
     own = fields(MODEL_TYPES[name])
     model = monoblock_model(name, **{**own, **{key: v for key, v in longer.items() if key in own}})
     ids = ids_of(length)
@@ -161,7 +161,9 @@ def test_scores_do_not_depend_on_what_shares_the_step(kind: str, tmp_path: Path)
     ids = ids_of(2 * BLOCK + 11)
     alone = logits(steps, ids)
     assert alone.isfinite().all()
-    for seed, sizes in enumerate([[1] * 30 + [len(ids) - 30], [70, 1, 1, len(ids) - 72], [5, 9, len(ids) - 14]]):
+    for seed, sizes in enumerate(
+        [[1] * 30 + [len(ids) - 30], [70, 1, 1, len(ids) - 72], [5, 9, len(ids) - 14]]
+    ):
         assert torch.equal(divided(steps, ids, sizes, seed), alone), (kind, sizes)
 
 
