@@ -116,7 +116,12 @@ def test_a_body_that_never_comes() -> None:
 def test_api_key() -> None:
     with live(None, api_key="sesame") as running:
         body = {**PROMPT, "max_tokens": 1}
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sesame"}, {"Authorization": "Bearer"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "sesame"},
+            {"Authorization": "Bearer"},
+        ):
             answer = running.http.post("/v1/completions", json=body, headers=headers)
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
             assert answer.headers["www-authenticate"] == "Bearer"
@@ -144,7 +149,10 @@ def test_cors(server: LiveServer) -> None:
         answer = running.http.options("/v1/completions", headers=asked)
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
         other = {**asked, "Origin": "https://b.example"}
-        assert "access-control-allow-origin" not in running.http.options("/v1/completions", headers=other).headers
+        assert (
+            "access-control-allow-origin"
+            not in running.http.options("/v1/completions", headers=other).headers
+        )
 
 
 # ---------------------------------------------------------------------------- queues, time, clients that leave
@@ -162,7 +170,10 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
             answer = running.post("/v1/completions", **LONG, **more)
             assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
             assert answer.json()["error"]["type"] == "rate_limit_error"
-        assert running.error("/v1/completions", 429, **{**PROMPT, "prompt": ["a", "b", "c"]})["code"] == "queue_full"
+        assert (
+            running.error("/v1/completions", 429, **{**PROMPT, "prompt": ["a", "b", "c"]})["code"]
+            == "queue_full"
+        )
         assert all(stream.status_code == 200 for stream in streams)
 
 
@@ -225,7 +236,9 @@ def test_bad_requests_do_not_harm_others(server: LiveServer) -> None:
         for _ in range(3)
     ]
     threads += [
-        threading.Thread(target=lambda p=path, b=bad_body: server.post(p, **b).status_code < 500 or found.append(p))
+        threading.Thread(
+            target=lambda p=path, b=bad_body: server.post(p, **b).status_code < 500 or found.append(p)
+        )
         for path, bad_body in bad
     ]
     for thread in threads:
@@ -359,7 +372,11 @@ def test_images_that_are_refused(server: LiveServer, url: Any, status: int, code
 
 def test_images_of_models_and_numbers(server: LiveServer) -> None:
     assert about(server, image(png(8, 8)), model="demo").json()["error"]["code"] == "model_not_supported"
-    assert about(server, image(png(8, 8)), image(png(8, 8))).json()["error"]["param"].startswith("messages[0].content[1]")
+    assert (
+        about(server, image(png(8, 8)), image(png(8, 8)))
+        .json()["error"]["param"]
+        .startswith("messages[0].content[1]")
+    )
     detail = image(png(8, 8))
     detail["image_url"]["detail"] = "low"
     assert about(server, detail).json()["error"]["param"].endswith("detail")
@@ -399,6 +416,7 @@ def test_files_and_fetching(tmp_path: Path, server: LiveServer) -> None:
 
 def test_a_model_is_unloaded_when_idle_and_loaded_again() -> None:
     with live(None, None, names=("a", "b"), idle_timeout=0.3) as running:
+
         def state(name: str) -> str:
             return running.http.get(f"/v1/models/{name}").json()["state"]
 
@@ -446,7 +464,9 @@ def test_pages_without_other_origins(server: LiveServer) -> None:
     assert "default-src 'none'" in docs.headers["content-security-policy"]
     assert "http://" not in docs.text and "https://" not in docs.text
     schema = server.http.get("/openapi.json").json()
-    body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"][
+        "schema"
+    ]
     name = body["$ref"].rpartition("/")[2]
     assert {"messages", "tools", "top_k"} <= schema["components"]["schemas"][name]["properties"].keys()
     assert "audio" not in schema["components"]["schemas"][name]["properties"]

@@ -176,7 +176,7 @@ def chat_task(body: Any) -> ChatTask:
             param="max_tokens",
             code="invalid_value",
         )
-    tools = body.tools or []
+    tools: list[Any] = body.tools or []
     return ChatTask(
         messages=body.messages,
         max_tokens=old if new is None else new,

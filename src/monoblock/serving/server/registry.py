@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +91,7 @@ class ModelRegistry:
         return found
 
     @contextlib.asynccontextmanager
-    async def use(self, name: str | None, *kinds: ModelKind) -> AsyncIterator[Any]:
+    async def use(self, name: str | None, *kinds: ModelKind) -> AsyncGenerator[Any]:
         """The loaded model of that name, which stays loaded within the block.
 
         ApiError: 404 if there is none, 400 if it is of another kind, 503 if it cannot be loaded.
