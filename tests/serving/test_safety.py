@@ -177,6 +177,15 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
         assert all(stream.status_code == 200 for stream in streams)
 
 
+def test_requests_in_flight_are_limited() -> None:
+    with live(None, limits=Limits(in_flight=1)) as running:
+        running.ok("/v1/completions", **{**PROMPT, "max_tokens": 1})
+        with running.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}):
+            answer = running.post("/tokenize", prompt="x")
+            assert answer.status_code == 429 and "retry-after" in answer.headers
+            assert running.http.get("/health").status_code == 200
+
+
 def leave(running: LiveServer, body: dict[str, Any], first: bool) -> None:
     """Sends a request and closes the connection, with `first` after the first bytes of the answer."""
     host, _, port = running.url.removeprefix("http://").partition(":")
@@ -344,6 +353,20 @@ def test_images(server: LiveServer) -> None:
     answer = server.ok("/v1/responses", model="images", input=[item], max_output_tokens=4, temperature=0)
     [part] = answer["output"][0]["content"]
     assert part["text"] == red.json()["choices"][0]["message"]["content"]
+
+
+def test_errors_of_an_image_come_before_a_stream(server: LiveServer) -> None:
+    content = [image(png(16, 12)), {"type": "text", "text": "loop " * 300}]  # more than the model's context
+    body = {"model": "images", "messages": [{"role": "user", "content": content}], "max_tokens": 4}
+    for stream in (False, True):
+        assert server.error("/v1/chat/completions", **body, stream=stream)["code"] == "invalid_value"
+    good = {
+        **body,
+        "messages": [{"role": "user", "content": [image(png(16, 12)), content[1] | {"text": "box"}]}],
+    }
+    whole = server.ok("/v1/chat/completions", **good, temperature=0)["choices"][0]["message"]["content"]
+    events = server.events("/v1/chat/completions", **good, temperature=0)
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == whole
 
 
 @pytest.mark.parametrize(

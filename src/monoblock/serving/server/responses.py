@@ -233,6 +233,8 @@ async def _stream(
 ) -> tuple[AsyncGenerator[bytes], GenerationRun]:
     job = await prepare(body, task, model, name, state)
     run = job.run(state)
+    if job.prompt.image is not None:
+        await run.begin()
     return _events(body, job, run), run
 
 
