@@ -86,4 +86,3 @@ def image_model(folder: Path) -> Path:
     processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-

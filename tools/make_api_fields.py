@@ -12,9 +12,9 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "api-fields.md"
 HEAD = """# Fields of the API
 
 Each field of a request to `monoblock serve` is *honoured*, *accepted* without effect because its absence
-harms nobody, or *refused* by name: status 400 with OpenAI's error object, whose `param` is the field. A field
-that is not in the table is refused too. `null` is the same as the field's absence. A refused field is accepted
-with a value that asks for nothing, which its row names.
+harms nobody, or *refused* by name: status 400 with OpenAI's error object, whose `param` is the field. A
+field that is not in the table is refused too. `null` is the same as the field's absence. A refused field is
+accepted with a value that asks for nothing, which its row names.
 
 `tools/make_api_fields.py` writes this page from the tables in `src/monoblock/serving/server/endpoints.py`;
 tests send each field to a server.

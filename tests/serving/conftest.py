@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-for _module in ("torch", "fastapi", "uvicorn", "prometheus_client", "httpx"):
-    pytest.importorskip(_module)
-
-import server_models
-from live_server import LiveServer, live
+if TYPE_CHECKING:
+    from live_server import LiveServer
 
 NAMES = ("demo", "tools", "vectors", "labels", "rank", "images")
 
@@ -18,6 +16,9 @@ NAMES = ("demo", "tools", "vectors", "labels", "rank", "images")
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A running server with a model of each kind."""
+    import server_models
+    from live_server import live
+
     folder = tmp_path_factory.mktemp("served")
     sources = [
         None,

@@ -343,7 +343,9 @@ def _(call: Caller) -> None:
     found = choice["logprobs"]
     assert "".join(found["tokens"]) == choice["text"]
     assert found["text_offset"] == [len("".join(found["tokens"][:i])) for i in range(len(found["tokens"]))]
-    for token, value, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+    for token, value, top in zip(
+        found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True
+    ):
         assert top[token] == value == max(top.values()) and len(top) == 2
     assert call(logprobs=0)["choices"][0]["logprobs"]["top_logprobs"][0].keys() == {found["tokens"][0]}
 
@@ -373,7 +375,10 @@ def _(call: Caller) -> None:
 
 @for_paths(*GENERATING, name="return_tokens_as_token_ids")
 def _(call: Caller) -> None:
-    more: dict[str, Any] = {"logprobs": True if call.path == CHAT.path else 1, "return_tokens_as_token_ids": True}
+    more: dict[str, Any] = {
+        "logprobs": True if call.path == CHAT.path else 1,
+        "return_tokens_as_token_ids": True,
+    }
     answer = call(**more, return_token_ids=True)["choices"][0]
     found = answer["logprobs"]
     spelled = found["tokens"] if "tokens" in found else [entry["token"] for entry in found["content"]]
@@ -414,9 +419,7 @@ def _(call: Caller) -> None:
         assert text == text_of(call.path, events[-1]["response"])
     else:
         parts = [e["choices"][0] for e in events]
-        text = "".join(
-            p["text"] if "text" in p else p["delta"].get("content", "") for p in parts
-        )
+        text = "".join(p["text"] if "text" in p else p["delta"].get("content", "") for p in parts)
         assert parts[-1]["finish_reason"] == "length"
         assert all(e["id"] == events[0]["id"] for e in events)
     assert text == call.text()
@@ -426,8 +429,12 @@ def _(call: Caller) -> None:
 def _(call: Caller) -> None:
     *events, last = call.events(stream_options={"include_usage": True})
     assert last["choices"] == [] and all(event["usage"] is None for event in events)
-    assert last["usage"] == call()["usage"] | {"prompt_tokens_details": last["usage"]["prompt_tokens_details"]}
-    counts = [e["usage"]["completion_tokens"] for e in call.events(stream_options={"continuous_usage_stats": True})]
+    assert last["usage"] == call()["usage"] | {
+        "prompt_tokens_details": last["usage"]["prompt_tokens_details"]
+    }
+    counts = [
+        e["usage"]["completion_tokens"] for e in call.events(stream_options={"continuous_usage_stats": True})
+    ]
     assert counts == sorted(counts) and counts[-1] == 8
     assert call.error(stream_options={"include_usage": True})["param"] == "stream_options"
     error = call.error(stream=True, stream_options={"include_obfuscation": True})
@@ -454,7 +461,9 @@ def _(call: Caller) -> None:
     error = call.error(messages=[{"role": "user", "content": "x", "colour": 1}])
     assert (error["param"], error["code"]) == ("messages[0].colour", "unknown_parameter")
     audio = [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]
-    assert call.error(messages=[{"role": "user", "content": audio}])["param"].startswith("messages[0].content")
+    assert call.error(messages=[{"role": "user", "content": audio}])["param"].startswith(
+        "messages[0].content"
+    )
 
 
 @for_paths(CHAT.path, name="add_generation_prompt")
@@ -505,7 +514,11 @@ def _(call: Caller) -> None:
     text = "Write a loop over the lines of a file."
     items: list[Any] = [{"role": "user", "content": [{"type": "input_text", "text": text}]}]
     assert call.text(input=items) == call.text()
-    more = [*items, {"type": "message", "role": "assistant", "content": "ok"}, {"role": "user", "content": "go on"}]
+    more = [
+        *items,
+        {"type": "message", "role": "assistant", "content": "ok"},
+        {"role": "user", "content": "go on"},
+    ]
     assert call(input=more)["usage"]["input_tokens"] > call()["usage"]["input_tokens"]
     assert call.error(input=[])["param"] == "input"
     assert call.error(input=[{"type": "item_reference", "id": "x"}])["param"] == "input[0]"
@@ -551,9 +564,14 @@ def calls(call: Caller, **changes: Any) -> list[tuple[str, str]]:
         limit = "max_output_tokens"
     answer = call(**{"model": "tools", "tools": given, limit: 120, **changes})
     if call.path == RESPONSES.path:
-        return [(item["name"], item["arguments"]) for item in answer["output"] if item["type"] == "function_call"]
+        return [
+            (item["name"], item["arguments"]) for item in answer["output"] if item["type"] == "function_call"
+        ]
     [choice] = answer["choices"]
-    found = [(one["function"]["name"], one["function"]["arguments"]) for one in choice["message"].get("tool_calls", [])]
+    found = [
+        (one["function"]["name"], one["function"]["arguments"])
+        for one in choice["message"].get("tool_calls", [])
+    ]
     assert choice["finish_reason"] in (("tool_calls", "length") if found else ("stop", "length"))
     return found
 
@@ -567,9 +585,11 @@ def _(call: Caller) -> None:
     if call.path == CHAT.path:
         with_tools, without = (call.prompt(model="tools", **more) for more in ({"tools": [ADD]}, {}))
         assert len(with_tools) > len(without)
-    strict = [{**flat[0], "strict": True}] if call.path == RESPONSES.path else [
-        {"type": "function", "function": {**ADD["function"], "strict": True}}
-    ]
+    strict = (
+        [{**flat[0], "strict": True}]
+        if call.path == RESPONSES.path
+        else [{"type": "function", "function": {**ADD["function"], "strict": True}}]
+    )
     assert call.error(model="tools", tools=strict)["code"] == "unsupported_parameter"
     assert call.error(model="tools", tools=[*flat, *flat])["param"] == "tools"
 

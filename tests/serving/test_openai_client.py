@@ -81,7 +81,12 @@ def test_json_schema(client: Any) -> None:
 
 
 def test_tools(client: Any) -> None:
-    given: dict[str, Any] = {"model": "tools", "tools": [ADD], "tool_choice": "required", "parallel_tool_calls": False}
+    given: dict[str, Any] = {
+        "model": "tools",
+        "tools": [ADD],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    }
     [choice] = chat(client, **given, max_tokens=100).choices
     [call] = choice.message.tool_calls
     assert choice.finish_reason == "tool_calls" and call.function.name == "add" and len(call.id) == 9
@@ -171,7 +176,9 @@ def test_requests_at_once_are_those_alone(client: Any, server: LiveServer) -> No
     import asyncio
 
     alone = [
-        client.completions.create(model="demo", prompt="def f", max_tokens=10, seed=seed, temperature=1).choices[0].text
+        client.completions.create(model="demo", prompt="def f", max_tokens=10, seed=seed, temperature=1)
+        .choices[0]
+        .text
         for seed in range(12)
     ]
     assert asyncio.run(_together(server.url)) == alone

@@ -116,7 +116,12 @@ def test_a_body_that_never_comes() -> None:
 def test_api_key() -> None:
     with live(None, api_key="sesame") as running:
         body = {**PROMPT, "max_tokens": 1}
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sesame"}, {"Authorization": "Bearer"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "sesame"},
+            {"Authorization": "Bearer"},
+        ):
             answer = running.http.post("/v1/completions", json=body, headers=headers)
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
             assert answer.headers["www-authenticate"] == "Bearer"
@@ -144,7 +149,10 @@ def test_cors(server: LiveServer) -> None:
         answer = running.http.options("/v1/completions", headers=asked)
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
         other = {**asked, "Origin": "https://b.example"}
-        assert "access-control-allow-origin" not in running.http.options("/v1/completions", headers=other).headers
+        assert (
+            "access-control-allow-origin"
+            not in running.http.options("/v1/completions", headers=other).headers
+        )
 
 
 # ---------------------------------------------------------------------------- queues, time, clients that leave
@@ -162,8 +170,20 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
             answer = running.post("/v1/completions", **LONG, **more)
             assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
             assert answer.json()["error"]["type"] == "rate_limit_error"
-        assert running.error("/v1/completions", 429, **{**PROMPT, "prompt": ["a", "b", "c"]})["code"] == "queue_full"
+        assert (
+            running.error("/v1/completions", 429, **{**PROMPT, "prompt": ["a", "b", "c"]})["code"]
+            == "queue_full"
+        )
         assert all(stream.status_code == 200 for stream in streams)
+
+
+def test_requests_in_flight_are_limited() -> None:
+    with live(None, limits=Limits(in_flight=1)) as running:
+        running.ok("/v1/completions", **{**PROMPT, "max_tokens": 1})
+        with running.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}):
+            answer = running.post("/tokenize", prompt="x")
+            assert answer.status_code == 429 and "retry-after" in answer.headers
+            assert running.http.get("/health").status_code == 200
 
 
 def leave(running: LiveServer, body: dict[str, Any], first: bool) -> None:
@@ -225,7 +245,9 @@ def test_bad_requests_do_not_harm_others(server: LiveServer) -> None:
         for _ in range(3)
     ]
     threads += [
-        threading.Thread(target=lambda p=path, b=bad_body: server.post(p, **b).status_code < 500 or found.append(p))
+        threading.Thread(
+            target=lambda p=path, b=bad_body: server.post(p, **b).status_code < 500 or found.append(p)
+        )
         for path, bad_body in bad
     ]
     for thread in threads:
@@ -333,6 +355,20 @@ def test_images(server: LiveServer) -> None:
     assert part["text"] == red.json()["choices"][0]["message"]["content"]
 
 
+def test_errors_of_an_image_come_before_a_stream(server: LiveServer) -> None:
+    content = [image(png(16, 12)), {"type": "text", "text": "loop " * 300}]  # more than the model's context
+    body = {"model": "images", "messages": [{"role": "user", "content": content}], "max_tokens": 4}
+    for stream in (False, True):
+        assert server.error("/v1/chat/completions", **body, stream=stream)["code"] == "invalid_value"
+    good = {
+        **body,
+        "messages": [{"role": "user", "content": [image(png(16, 12)), content[1] | {"text": "box"}]}],
+    }
+    whole = server.ok("/v1/chat/completions", **good, temperature=0)["choices"][0]["message"]["content"]
+    events = server.events("/v1/chat/completions", **good, temperature=0)
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == whole
+
+
 @pytest.mark.parametrize(
     ("url", "status", "code"),
     [
@@ -359,7 +395,11 @@ def test_images_that_are_refused(server: LiveServer, url: Any, status: int, code
 
 def test_images_of_models_and_numbers(server: LiveServer) -> None:
     assert about(server, image(png(8, 8)), model="demo").json()["error"]["code"] == "model_not_supported"
-    assert about(server, image(png(8, 8)), image(png(8, 8))).json()["error"]["param"].startswith("messages[0].content[1]")
+    assert (
+        about(server, image(png(8, 8)), image(png(8, 8)))
+        .json()["error"]["param"]
+        .startswith("messages[0].content[1]")
+    )
     detail = image(png(8, 8))
     detail["image_url"]["detail"] = "low"
     assert about(server, detail).json()["error"]["param"].endswith("detail")
@@ -399,6 +439,7 @@ def test_files_and_fetching(tmp_path: Path, server: LiveServer) -> None:
 
 def test_a_model_is_unloaded_when_idle_and_loaded_again() -> None:
     with live(None, None, names=("a", "b"), idle_timeout=0.3) as running:
+
         def state(name: str) -> str:
             return running.http.get(f"/v1/models/{name}").json()["state"]
 
@@ -446,7 +487,9 @@ def test_pages_without_other_origins(server: LiveServer) -> None:
     assert "default-src 'none'" in docs.headers["content-security-policy"]
     assert "http://" not in docs.text and "https://" not in docs.text
     schema = server.http.get("/openapi.json").json()
-    body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"][
+        "schema"
+    ]
     name = body["$ref"].rpartition("/")[2]
     assert {"messages", "tools", "top_k"} <= schema["components"]["schemas"][name]["properties"].keys()
     assert "audio" not in schema["components"]["schemas"][name]["properties"]

@@ -16,8 +16,25 @@ from typing import Any
 import httpx
 import pytest
 
-LONG: dict[str, Any] = {"prompt": "def f(", "temperature": 0, "max_tokens": 900, "ignore_eos": True, "stream": True}
-COMMAND = [sys.executable, "-m", "monoblock.cli", "serve", "--port", "0", "--device", "cpu", "--cache-memory", "32"]
+LONG: dict[str, Any] = {
+    "prompt": "def f(",
+    "temperature": 0,
+    "max_tokens": 900,
+    "ignore_eos": True,
+    "stream": True,
+}
+COMMAND = [
+    sys.executable,
+    "-m",
+    "monoblock.cli",
+    "serve",
+    "--port",
+    "0",
+    "--device",
+    "cpu",
+    "--cache-memory",
+    "32",
+]
 
 
 class Served:
@@ -77,7 +94,9 @@ def test_a_signal_drains(sent: signal.Signals) -> None:
             first = next(lines)
             running.process.send_signal(sent)
             with httpx.Client(base_url=running.url, timeout=60) as other:
-                while (new := other.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})).status_code == 200:
+                while (
+                    new := other.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+                ).status_code == 200:
                     pass  # the signal is on its way
                 assert new.status_code == 503 and new.json()["error"]["code"] == "server_stopping"
                 assert "retry-after" in new.headers
@@ -134,7 +153,9 @@ def test_errors_before_listening(tmp_path: Path) -> None:
     code, text = refused("--name", "a", "--name", "b")
     assert code == 1 and "2 names for 1 models" in text
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.json").write_text('{"model_type": "mpnet", "architectures": ["MPNetForTokenClassification"]}')
+    (tmp_path / "empty" / "config.json").write_text(
+        '{"model_type": "mpnet", "architectures": ["MPNetForTokenClassification"]}'
+    )
     code, text = refused(str(tmp_path / "empty"))
     assert code == 1 and "MPNetForTokenClassification is not served" in text
 

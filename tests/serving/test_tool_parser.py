@@ -13,7 +13,12 @@ pytest.importorskip("fastapi")
 from monoblock.serving.server.tools import ToolCall, ToolParser, forced_schema
 
 NAMES = frozenset({"add", "f"})
-MISTRAL = '[TOOL_CALLS] [{"name": "add", "arguments": {"x": 1, "s": "a}]\\""}, "id": "abcdefghi"}, {"name": "f", "arguments": {}}]'
+MISTRAL = (
+    '[TOOL_CALLS] [{"name": "add", "arguments": {"x": 1, "s": "a}]\\""}, "id": "abcdefghi"}, '
+    '{"name": "f", "arguments": {}}]'
+)
+NEWER = '[TOOL_CALLS]add[ARGS]{"x": 2}[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{}'
+TWO = '[{"name": "f", "arguments": {}}, {"name": "add", "arguments": {}}]'
 
 
 def parsed(text: str, cuts: list[int], **options: Any) -> tuple[str, list[ToolCall]]:
@@ -41,11 +46,11 @@ def divisions(text: str) -> list[list[int]]:
         (MISTRAL, {}, "", [("add", {"x": 1, "s": 'a}]"'}), ("f", {})]),
         ("I call. " + MISTRAL, {}, "I call. ", [("add", {"x": 1, "s": 'a}]"'}), ("f", {})]),
         (MISTRAL, {"single": True}, "", [("add", {"x": 1, "s": 'a}]"'})]),
-        ('[TOOL_CALLS]add[ARGS]{"x": 2}[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{}', {}, "", [("add", {"x": 2}), ("f", {})]),
+        (NEWER, {}, "", [("add", {"x": 2}), ("f", {})]),
         ('{"name": "add", "arguments": {"x": 3}}', {}, "", [("add", {"x": 3})]),
         (' {"name": "add", "parameters": {"x": 3}}\n', {}, "", [("add", {"x": 3})]),
         ('[{"name": "f", "arguments": "{}"}]', {}, "", [("f", {})]),
-        ('[{"name": "f", "arguments": {}}, {"name": "add", "arguments": {}}]', {"inside": True}, "", [("f", {}), ("add", {})]),
+        (TWO, {"inside": True}, "", [("f", {}), ("add", {})]),
         ('</s>{"name": "f", "arguments": {}}</s>', {"hidden": ("</s>",)}, "", [("f", {})]),
         # No calls: another function, other keys, cut off, or plain text.
         ('{"name": "other", "arguments": {}}', {}, None, []),
@@ -80,7 +85,11 @@ def test_a_call_comes_when_it_is_complete() -> None:
 
 
 def test_the_schema_of_calls_moves_references() -> None:
-    point = {"type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "integer"}}}
+    point = {
+        "type": "object",
+        "properties": {"p": {"$ref": "#/$defs/P"}},
+        "$defs": {"P": {"type": "integer"}},
+    }
     schema = forced_schema([("add", point), ("f", None)], several=False)
     assert schema["$defs"]["tool0"]["properties"]["p"] == {"$ref": "#/$defs/tool0/$defs/P"}
     assert schema["maxItems"] == 1 and len(schema["items"]["anyOf"]) == 2

@@ -119,6 +119,7 @@ class ServerApp:
             ("/metrics", show_metrics),
         ):
             api.add_api_route(path, handler, methods=["GET"], response_class=Response)
+        api.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
         page = docs_page.docs_html(ENDPOINTS)
 
         async def docs() -> Response:

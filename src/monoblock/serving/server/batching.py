@@ -25,7 +25,7 @@ class BatchJob:
 
 
 class Batcher:
-    """One thread that computes `run(rows, key)`, an array or a list with a result per row, for all waiting jobs at once.
+    """One thread that computes `run(rows, key)`, an array or list with a result per row, for all waiting jobs at once.
 
     A job's results do not depend on the others. If a batch raises an error, each of its jobs is computed alone.
     """

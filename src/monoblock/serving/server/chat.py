@@ -95,7 +95,10 @@ async def prepare(body: Any, task: ChatTask, model: TextModel, name: str, state:
         documents=getattr(body, "documents", None),
         add_special_tokens=getattr(body, "add_special_tokens", False),
     )
-    prompt = await in_thread(chat_prompt, model, task.messages, options, state.settings, task.messages_field)
+    prompt = await in_thread(
+        chat_prompt, model, task.messages, options, state.settings, task.messages_field,
+        slow=options.chat_template is not None,
+    )  # fmt: skip
     limit = task.max_tokens
     if limit is None:
         limit = model.new_tokens
@@ -176,7 +179,7 @@ def chat_task(body: Any) -> ChatTask:
             param="max_tokens",
             code="invalid_value",
         )
-    tools = body.tools or []
+    tools: list[Any] = body.tools or []
     return ChatTask(
         messages=body.messages,
         max_tokens=old if new is None else new,
@@ -277,6 +280,8 @@ async def _stream(
 ) -> tuple[AsyncGenerator[bytes], GenerationRun]:
     job = await prepare(body, task, model, name, state)
     run = job.run(state)
+    if job.prompt.image is not None:
+        await run.begin()
     return _events(body, job, run), run
 
 

@@ -81,12 +81,13 @@ def _check(body: Any) -> None:
 
 async def _prepare(body: Any, model: TextModel, name: str, state: ServerState) -> CompletionJob:
     limits = state.settings.limits
-    several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
+    given: Any = body.prompt
+    several = not isinstance(given, str) and not isinstance(given[0], int)
     if several:
-        check_count(body.prompt, limits.prompts, "prompt")
+        check_count(given, limits.prompts, "prompt")
     keep = body.truncate_prompt_tokens
     prompts = await in_thread(
-        lambda: text_prompts(model, body.prompt, body.add_special_tokens, truncated=keep is not None)
+        lambda: text_prompts(model, given, body.add_special_tokens, truncated=keep is not None)
     )
     if keep is not None:
         prompts = [ids[-keep:] for ids in prompts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
@@ -243,7 +243,10 @@ class CallOutputItem(Part):
 
 def item_type(value: Any) -> str:
     """Items without a type are messages."""
-    found: Any = value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", "")
+    if isinstance(value, dict):
+        found: Any = cast("dict[str, Any]", value).get("type", "message")
+    else:
+        found = getattr(value, "type", "")
     return found if isinstance(found, str) else ""
 
 

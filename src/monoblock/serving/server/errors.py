@@ -25,6 +25,8 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        if code is None and status == 400:
+            code = "invalid_value"
         self.message, self.status, self.param, self.code = message, status, param, code
         self.headers = dict(headers or {})
 

@@ -31,6 +31,7 @@ class GenerationRun:
     first: float | None = None
     _counted: bool = False
     _expired: bool = False
+    _ahead: Delta | None = None
     _timer: asyncio.TimerHandle | None = None
 
     def submit(self, prompts: Sequence[PreparedPrompt], params: SamplingParams) -> None:
@@ -78,7 +79,20 @@ class GenerationRun:
             return timed_out(self.seconds)
         return ApiError("the server is stopping", status=503, code="server_stopping")
 
+    async def begin(self) -> None:
+        """Wait for the first delta, so that an error of the prompt, as of an image, comes before the answer begins."""
+        try:
+            self._ahead = await anext(self.generations[0])
+        except ValueError as error:
+            self.close()
+            raise refused_value(error) from None
+        except BaseException:
+            self.close()
+            raise
+
     async def _single(self) -> AsyncGenerator[tuple[int, Delta]]:
+        if self._ahead is not None:
+            yield 0, self._ahead
         async for delta in self.generations[0]:
             yield 0, delta
 

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from monoblock.serving.server.answers import error_answer
-from monoblock.serving.server.errors import ApiError, ClientGone
+from monoblock.serving.server.errors import ApiError, ClientGone, too_busy
 from monoblock.serving.server.service import ServerState
 
 log = logging.getLogger("monoblock")
@@ -61,6 +61,8 @@ class RequestGuard:
                 self.tasks.add(task)
         try:
             self._admit(scope, apart)
+            if not apart and self.state.running > self.state.settings.limits.in_flight:
+                raise too_busy(f"{self.state.running - 1} requests run")
             await self.app(scope, receive, watched)
         except ClientGone:
             status = 499  # nginx's number for it; nobody receives an answer

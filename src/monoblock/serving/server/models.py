@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -99,8 +99,9 @@ class TextModel(TokenizedModel):
     def knows_tools(self, template: str | None) -> bool:
         """Whether a template, by default the model's, reads the tools."""
         source = self.template if template is None else template
-        sources = source.values() if isinstance(source, dict) else [source or ""]
-        return any("tools" in text for text in sources)
+        if isinstance(source, dict):
+            return any("tools" in text for text in cast("dict[str, str]", source).values())
+        return "tools" in (source or "")
 
     async def close(self, drain: bool) -> None:
         await self.engine.close(drain=drain)
@@ -224,7 +225,7 @@ class VectorModel(EncodingModel):
         found: list[Any] = [None] * len(rows)
         for batch in encoder.stream([""] * len(rows)):
             vectors = batch.features["sentence_embedding"]
-            values = vectors if isinstance(vectors, np.ndarray) else adapter.numpy(vectors)
+            values: Any = vectors if adapter.on_host else adapter.numpy(vectors)
             for index, vector in zip(batch.indices, np.asarray(values, np.float32), strict=True):
                 found[index] = vector[: self.model.truncate_dim]
         return np.stack(found)

@@ -43,13 +43,16 @@ def text_of(content: Any) -> str:
 
 def image_urls(messages: Sequence[Any]) -> list[tuple[str, str]]:
     """The images of messages: URL and name of the field."""
-    return [
-        (part.image_url.url, f"messages[{i}].content[{j}].image_url.url")
-        for i, message in enumerate(messages)
-        if isinstance(message.content, list)
-        for j, part in enumerate(message.content)
-        if part.type == "image_url"
-    ]
+    found: list[tuple[str, str]] = []
+    for i, message in enumerate(messages):
+        content: Any = message.content
+        parts: Sequence[Any] = () if content is None or isinstance(content, str) else content
+        found += [
+            (part.image_url.url, f"messages[{i}].content[{j}].image_url.url")
+            for j, part in enumerate(parts)
+            if part.type == "image_url"
+        ]
+    return found
 
 
 def template_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:

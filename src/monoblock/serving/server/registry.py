@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from monoblock.serving.server.errors import ApiError
 from monoblock.serving.server.kinds import ModelKind, default_name, detect
 from monoblock.serving.server.models import ScoreModel, TextModel, TokenizedModel, VectorModel
 from monoblock.serving.server.settings import ServerSettings
+from monoblock.serving.server.threads import in_own_thread
 
 log = logging.getLogger("monoblock")
 
@@ -62,7 +63,7 @@ class ModelRegistry:
         self._aliases = {
             e.source: e for e in reversed([*self.entries.values()]) if e.source and not e.adapter
         }
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="monoblock-loading")
+        self._loader = asyncio.Semaphore(1)  # models are read one after another
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -91,7 +92,7 @@ class ModelRegistry:
         return found
 
     @contextlib.asynccontextmanager
-    async def use(self, name: str | None, *kinds: ModelKind) -> AsyncIterator[Any]:
+    async def use(self, name: str | None, *kinds: ModelKind) -> AsyncGenerator[Any]:
         """The loaded model of that name, which stays loaded within the block.
 
         ApiError: 404 if there is none, 400 if it is of another kind, 503 if it cannot be loaded.
@@ -131,7 +132,8 @@ class ModelRegistry:
             if entry.loaded is not None:
                 return entry.loaded
             try:
-                made = await asyncio.get_running_loop().run_in_executor(self._loader, self._read, entry)
+                async with self._loader:
+                    made = await in_own_thread(lambda: self._read(entry), f"loading {entry.name}")
                 entry.loaded = self._started(entry, made)
             except Exception as error:
                 entry.error = " ".join(str(error).split()) or type(error).__name__
@@ -213,7 +215,6 @@ class ModelRegistry:
             model, entry.loaded = entry.loaded, None
             if model is not None:
                 await model.close(drain=drain)
-        self._loader.shutdown(wait=False, cancel_futures=True)
 
 
 def entries_of(
@@ -221,7 +222,8 @@ def entries_of(
 ) -> list[ModelEntry]:
     """The entries of the command's arguments. `adapters`: NAME=PATH each.
 
-    ValueError for names without a model, an adapter without a base model, or a model that is not served.
+    ValueError for names without a model, an adapter without a base model, or a model that is not served; ImportError
+    for adapters without peft.
     """
     if len(names) > len(sources):
         raise ValueError(f"there are {len(names)} names for {len(sources)} models")
@@ -231,6 +233,8 @@ def entries_of(
         kind = ModelKind.GENERATE if source is None else detect(source, hub)
         entries.append(ModelEntry(name, source, kind))
     bases = [entry for entry in entries if entry.kind is ModelKind.GENERATE]
+    if adapters and importlib.util.find_spec("peft") is None:
+        raise ImportError("adapters need the package peft: pip install peft")
     for text in adapters:
         name, equals, path = text.partition("=")
         if not (name and equals and path):

@@ -60,7 +60,7 @@ async def responses(request: Request) -> Response:
 
 def _task(body: Any) -> ChatTask:
     messages = _messages(body)
-    tools = body.tools or []
+    tools: list[Any] = body.tools or []
     return ChatTask(
         messages=messages,
         max_tokens=body.max_output_tokens,
@@ -124,7 +124,7 @@ def _content(content: Any) -> Any:
 def _response(body: Any, job: ChatJob, identity: str, created: int) -> dict[str, Any]:
     """The response object before its output."""
     form = None if body.text is None else body.text.format
-    tools = [tool.model_dump() for tool in body.tools or []]
+    tools: list[Any] = body.tools or []
     choice = body.tool_choice
     return {
         "id": identity,
@@ -153,7 +153,7 @@ def _response(body: Any, job: ChatJob, identity: str, created: int) -> dict[str,
         else choice
         if isinstance(choice, str)
         else choice.model_dump(),
-        "tools": tools,
+        "tools": [tool.model_dump() for tool in tools],
         "truncation": "disabled",
         "usage": None,
     }
@@ -233,6 +233,8 @@ async def _stream(
 ) -> tuple[AsyncGenerator[bytes], GenerationRun]:
     job = await prepare(body, task, model, name, state)
     run = job.run(state)
+    if job.prompt.image is not None:
+        await run.begin()
     return _events(body, job, run), run
 
 

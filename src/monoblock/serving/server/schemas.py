@@ -68,7 +68,7 @@ async def check_grammar(
     if wanted is None:
         return
     try:
-        await first_of(in_thread(_compile, wanted, model), limits.schema_seconds)
+        await first_of(in_thread(_compile, wanted, model, slow=True), limits.schema_seconds)
     except TimeoutError:
         raise _over(f"takes longer than {limits.schema_seconds:g} s to compile", param) from None
     except ImportError as error:

@@ -30,6 +30,7 @@ class Limits:
     schema_seconds: float = 5.0
     body_seconds: float = 60.0
     request_seconds: float = 3600.0
+    in_flight: int = 4096  # requests of all kinds
     waiting: int = 1024  # requests that wait for an embedding or classification model
 
 

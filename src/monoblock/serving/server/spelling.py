@@ -18,12 +18,12 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in kept} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def _decoders(value: Any) -> Iterable[str]:
+def _decoders(state: dict[str, Any]) -> Iterable[str]:
     """The types of a decoder and of the decoders inside it."""
-    if isinstance(value, dict):
-        yield value.get("type", "")
-        for inner in value.get("decoders") or ():
-            yield from _decoders(inner)
+    yield state.get("type", "")
+    inner: list[dict[str, Any]] = state.get("decoders") or []
+    for decoder in inner:
+        yield from _decoders(decoder)
 
 
 class TokenSpelling:
@@ -32,8 +32,7 @@ class TokenSpelling:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         decoder = tokenizer.backend_tokenizer.decoder
-        state: Any = None if decoder is None else json.loads(decoder.__getstate__())
-        kinds = set(_decoders(state))
+        kinds: set[str] = set() if decoder is None else {*_decoders(json.loads(decoder.__getstate__()))}
         self._byte_level = "ByteLevel" in kinds
         self._fallback = "ByteFallback" in kinds
         self._pieces = bool(kinds & {"Metaspace", "Replace"})

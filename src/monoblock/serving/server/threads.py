@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -14,12 +15,14 @@ from monoblock.serving.server.errors import ClientGone
 
 Result = TypeVar("Result")
 
-# Tokenisation, templates, images and schemas; loading models has threads of its own.
+# Tokenisation, templates of models, and images.
 _WORKERS = ThreadPoolExecutor(4, thread_name_prefix="monoblock-server")
+# Templates and schemas of requests, which may take seconds: others do not wait for them.
+_SLOW = ThreadPoolExecutor(2, thread_name_prefix="monoblock-slow")
 
 
-async def in_thread(function: Callable[..., Result], *args: Any) -> Result:
-    """The function's result, computed in a thread.
+async def in_thread(function: Callable[..., Result], *args: Any, slow: bool = False) -> Result:
+    """The function's result, computed in a thread. `slow`: it may take seconds.
 
     A panic of a Rust library, which is no Exception, is raised as a RuntimeError.
     """
@@ -32,7 +35,33 @@ async def in_thread(function: Callable[..., Result], *args: Any) -> Result:
                 raise
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
-    return await asyncio.get_running_loop().run_in_executor(_WORKERS, call)
+    return await asyncio.get_running_loop().run_in_executor(_SLOW if slow else _WORKERS, call)
+
+
+async def in_own_thread(function: Callable[[], Result], name: str) -> Result:
+    """The function's result, computed in a thread of its own, for which the end of the process does not wait."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[Result] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if not result.done():
+            result.set_result(value) if error is None else result.set_exception(error)
+
+    def work() -> None:
+        value, error = None, None
+        try:
+            value = function()
+        except BaseException as caught:
+            error = (
+                caught
+                if isinstance(caught, Exception)
+                else RuntimeError(f"{type(caught).__name__}: {caught}")
+            )
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return await result
 
 
 async def until_gone(request: Request) -> None:

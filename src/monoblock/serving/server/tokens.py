@@ -25,7 +25,7 @@ async def tokenize(request: Request) -> Response:
 
     async def work() -> dict[str, Any]:
         async with state.registry.use(body.model) as model:
-            ids = await in_thread(_ids, body, model, state)
+            ids = await in_thread(_ids, body, model, state, slow=body.chat_template is not None)
             answer: dict[str, Any] = {"count": len(ids), "max_model_len": model.max_length, "tokens": ids}
             if body.return_token_strs:
                 answer["token_strs"] = model.tokenizer.convert_ids_to_tokens(ids)
