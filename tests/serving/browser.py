@@ -34,7 +34,7 @@ def obstacle() -> str | None:
     try:
         import selenium  # noqa: F401
     except ImportError:
-        return 'needs selenium: pip install "monoblock[browser]"'
+        return 'needs selenium: pip install "monoblock[test]"'
     return None
 
 
