@@ -1,23 +1,28 @@
 """Writes docs/images/serving-*.png, screenshots of the page: `python tools/make_page_pictures.py [FOLDER]`.
 
-Needs Chromium, chromedriver and selenium. The conversation is scripted; the page is the one that the server has.
+Needs Chromium, chromedriver, selenium and Pillow. The conversation of the first ones is scripted; the attention is that
+of the embedded demo.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "serving"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "serving")]
 
 import browser  # noqa: E402
+from live_server import live  # noqa: E402
 from PIL import Image  # noqa: E402
 from stand_in import StandIn  # noqa: E402
 
 FOLDER = ROOT / "docs" / "images"
+WIDTH, HEIGHT = 1180, 860
+CODE = "Write a function that adds two numbers."
 QUESTION = "How do I read a large file line by line in Python, and what does it cost?"
 ANSWER = """Iterate over the file object: it reads in **buffered blocks** and gives one line at a time.
 
@@ -37,8 +42,7 @@ def count_words(path: str) -> int:
 - Pass `encoding=`, or the result depends on the machine.
 """
 SECOND = "And from a compressed file?"
-SECOND_ANSWER = """Open it with `gzip.open(path, "rt")`; the loop stays the same, and the text is decompressed as
-it is read."""
+SECOND_ANSWER = """Open it with `gzip.open(path, "rt")`; the loop stays the same."""
 
 
 def ask(driver: Any, text: str) -> None:
@@ -49,7 +53,7 @@ def ask(driver: Any, text: str) -> None:
     field = driver.find_element(By.ID, "prompt")
     field.send_keys(text)
     driver.find_element(By.ID, "send").click()
-    WebDriverWait(driver, 20).until(
+    WebDriverWait(driver, 120).until(
         lambda d: (
             d.find_elements(By.CSS_SELECTOR, "#messages .assistant:last-child .meta")
             and not d.find_element(By.ID, "send").get_attribute("hidden")
@@ -67,19 +71,33 @@ def save(driver: Any, name: str, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """Write all pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with browser.chromium() as driver:
+        chat(driver, folder)
+        attention(driver, folder)
+
+
+def opened(driver: Any, url: str) -> Any:
+    """The page, ready; returns a wait."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with StandIn() as server, browser.chromium() as driver:
+    browser.prefer(driver, "light")
+    browser.resize(driver, WIDTH, HEIGHT)
+    driver.get(url)
+    wait = WebDriverWait(driver, 120)
+    wait.until(lambda d: d.find_element(By.ID, "model").is_enabled())
+    return wait
+
+
+def chat(driver: Any, folder: Path) -> None:
+    """A scripted conversation: light, dark, with the settings, on a phone."""
+    from selenium.webdriver.common.by import By
+
+    with StandIn() as server:
         server.replies = {QUESTION: ANSWER, SECOND: SECOND_ANSWER}
         server.pause = 0.02
-        browser.prefer(driver, "light")
-        browser.resize(driver, 1180, 860)
-        driver.get(server.url)
-        wait = WebDriverWait(driver, 10)
-        wait.until(lambda d: d.find_element(By.ID, "model").is_enabled())
-        save(driver, "start", folder)
+        opened(driver, server.url)
         ask(driver, QUESTION)
         ask(driver, SECOND)
         save(driver, "light", folder)
@@ -89,15 +107,31 @@ def main(folder: Path) -> None:
         driver.find_element(By.ID, "open-settings").click()
         save(driver, "settings", folder)
         driver.find_element(By.CSS_SELECTOR, "#settings .bar button").click()
-        driver.find_elements(By.CSS_SELECTOR, "[data-tool=attention]")[-1].click()
-        wait.until(lambda d: d.find_elements(By.CSS_SELECTOR, ".token"))
-        save(driver, "attention", folder)
-        driver.find_element(By.ID, "attention-close").click()
         browser.resize(driver, 390, 780, phone=True, scale=1.5)
         driver.execute_script(
             "document.getElementById('scroll').scrollTop = 0; document.activeElement.blur()"
         )
         save(driver, "phone", folder)
+
+
+def attention(driver: Any, folder: Path) -> None:
+    """The embedded demo's attention, on the real server."""
+    from selenium.webdriver.common.by import By
+
+    with live(None) as server:
+        wait = opened(driver, f"{server.url}/")
+        settings = {"parameters": {"temperature": 0, "max_tokens": 60}}
+        driver.execute_script(
+            "localStorage.setItem('monoblock.settings', arguments[0])", json.dumps(settings)
+        )
+        wait = opened(driver, f"{server.url}/")
+        ask(driver, CODE)
+        driver.find_elements(By.CSS_SELECTOR, "[data-tool=attention]")[-1].click()
+        wait.until(lambda d: d.find_elements(By.CSS_SELECTOR, ".token"))
+        driver.find_element(By.CSS_SELECTOR, "#attention-layer option[value='1']").click()
+        wait.until(lambda d: d.find_element(By.ID, "attention-tokens").get_attribute("aria-busy") == "false")
+        driver.execute_script("document.querySelector('#attention details').open = true")
+        save(driver, "attention", folder)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     OBSTACLE is not None and "MONOBLOCK_TEST_BROWSER" not in os.environ, reason=OBSTACLE or ""
 )
 
-PATIENCE = 15.0  # seconds until a condition must hold
+PATIENCE = 60.0  # seconds until a condition must hold
 
 
 class Page:

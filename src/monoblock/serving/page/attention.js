@@ -61,7 +61,9 @@ export class AttentionView {
     options("attention-layer", this.found.layers, this.found.layer, "all (mean)");
     options("attention-head", this.found.heads, this.found.head, "all (mean)");
     this.draw();
-    if (focus !== null) get("attention-tokens").querySelector(`[data-index="${focus}"]`)?.focus();
+    const current = get("attention-tokens").querySelector("[aria-current]");
+    if (focus !== null) current?.focus();
+    else current?.scrollIntoView({ block: "nearest" });
   }
 
   draw() {
@@ -73,7 +75,7 @@ export class AttentionView {
     get("attention-most").textContent = most.toPrecision(2);
     const left = skipped ? ` The first ${skipped.toLocaleString("en")} tokens are left out.` : "";
     get("attention-text").textContent =
-      `Token ${position + 1} of ${tokens.length} is outlined; the stronger the colour of a token, the more it attends to it. ` +
+      `The outlined token, ${position + 1} of ${tokens.length}, attends most to the tokens with the strongest colour. ` +
       `Choose another token to see what that one attends to.${left}`;
     get("attention-tokens").replaceChildren(
       ...tokens.flatMap((label, index) => {

@@ -1,5 +1,7 @@
 // Markdown to DOM nodes. Text of a model becomes text nodes only, never HTML; links keep safe schemes only.
 
+import { highlighted } from "./highlight.js";
+
 const SCHEMES = new Set(["http:", "https:", "mailto:"]);
 const DEEPEST = 12; // nested quotes and lists; deeper ones are text
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
@@ -216,7 +218,7 @@ function codeBlock(code, language) {
   const pre = document.createElement("pre");
   pre.tabIndex = 0;
   const inner = document.createElement("code");
-  inner.textContent = code;
+  inner.append(...highlighted(code, language ?? ""));
   pre.append(inner);
   box.append(bar, pre);
   return box;
