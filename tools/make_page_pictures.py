@@ -62,10 +62,10 @@ def ask(driver: Any, text: str) -> None:
 
 
 def save(driver: Any, name: str, folder: Path) -> None:
-    """The viewport as a PNG with a palette, which is a quarter of the size."""
+    """The viewport as a PNG."""
     image = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
     path = folder / f"serving-{name}.png"
-    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    image.save(path, optimize=True)
     print(f"{path.name}: {image.width}x{image.height}, {path.stat().st_size // 1024} KB")
 
 

@@ -48,7 +48,7 @@ async function failure(answer) {
 
 /** What a status means, with the server's own message. */
 export function inWords(status, message, retryAfter = null) {
-  const own = message ? `: ${message}` : ".";
+  const own = message ? `: ${message.replace(/[.\s]+$/, "")}.` : ".";
   if (status === 401) return `The server needs an API key${own}`;
   if (status === 403) return `The server refuses this request${own}`;
   if (status === 404) return `The server does not have this${own}`;

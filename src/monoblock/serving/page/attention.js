@@ -78,13 +78,14 @@ export class AttentionView {
       `The outlined token, ${position + 1} of ${tokens.length}, attends most to the tokens with the strongest colour. ` +
       `Choose another token to see what that one attends to.${left}`;
     get("attention-tokens").replaceChildren(
-      ...tokens.flatMap((label, index) => {
-        const token = document.createElement("button");
-        token.type = "button";
+      ...tokens.map((label, index) => {
+        // Not a button element, which cannot begin on one line and end on the next.
+        const token = document.createElement("span");
+        token.setAttribute("role", "button");
         token.className = "token";
         token.dataset.index = index;
         token.tabIndex = index === position ? 0 : -1;
-        token.textContent = label.replaceAll("␣", " ");
+        token.textContent = label.replaceAll("␣", " ").replaceAll("↵", "↵\n");
         const weight = weights[index];
         if (weight === undefined) token.classList.add("later");
         else {
@@ -96,7 +97,7 @@ export class AttentionView {
         token.setAttribute("aria-label", `${label}, ${words}`);
         token.title = words;
         if (index === position) token.setAttribute("aria-current", "true");
-        return label.endsWith("↵") ? [token, document.createElement("br")] : [token];
+        return token;
       }),
     );
     const order = weights.map((weight, index) => [weight, index]).sort((a, b) => b[0] - a[0]);
@@ -109,10 +110,15 @@ export class AttentionView {
     );
   }
 
-  /** Arrow keys, Home and End move between the tokens, which are one stop of the Tab key. */
+  /** Arrow keys, Home and End move between the tokens, which are one stop of the Tab key; Enter chooses one. */
   move(event) {
     const all = [...get("attention-tokens").querySelectorAll(".token")];
     const at = all.indexOf(document.activeElement);
+    if (at >= 0 && (event.key === "Enter" || event.key === " ")) {
+      event.preventDefault();
+      this.choose(at);
+      return;
+    }
     const targets = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1 };
     const next = all[targets[event.key]];
     if (!next || at < 0) return;

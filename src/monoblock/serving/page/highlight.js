@@ -35,7 +35,8 @@ const COMMENTS = {
 };
 const STRINGS =
   "[rbfuRBFU]{0,2}(?:\"\"\"[\\s\\S]*?(?:\"\"\"|$)|'''[\\s\\S]*?(?:'''|$))|" +
-  "[rbfuRBFU]?\"(?:\\\\.|[^\"\\\\\\n])*\"?|[rbfuRBFU]?'(?:\\\\.|[^'\\\\\\n])*'|`(?:\\\\.|[^`\\\\])*`";
+  // Bounded, as an apostrophe that nothing closes would be searched for to the end of the code.
+  "[rbfuRBFU]?\"(?:\\\\.|[^\"\\\\\\n])*\"?|[rbfuRBFU]?'(?:\\\\.|[^'\\\\\\n]){0,300}'|`(?:\\\\.|[^`\\\\]){0,2000}`";
 const REST = "(\\b(?:0[xX][\\da-fA-F_]+|\\d[\\d_]*(?:\\.\\d+)?(?:[eE][+-]?\\d+)?)\\b)|([A-Za-z_$][\\w$]*)";
 
 const languages = new Map(
