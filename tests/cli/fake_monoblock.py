@@ -78,13 +78,13 @@ class Model:
 
 def load(
     source: ModelOptions, hub: DownloadOptions, attention: str | None = None, what: str = ""
-) -> engine.Engine:
+) -> engine.ChatEngine:
     """Replaces `engine.load`."""
     del hub, attention, what
     if source.model == "missing":
         raise OSError("missing is not a folder, and the hub has no model of that name")
     tokenizer = Tokenizer(template=source.model == "with-template")
-    return engine.Engine(Model(tokenizer), tokenizer, source.model or "the fake")
+    return engine.ChatEngine(Model(tokenizer), tokenizer, source.model or "the fake")
 
 
 if __name__ == "__main__":

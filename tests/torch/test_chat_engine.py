@@ -26,12 +26,12 @@ def discard(text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo() -> engine.Engine:
+def demo() -> engine.ChatEngine:
     return engine.load(FrameworkModelOptions(device="cpu"), DownloadOptions())
 
 
 def converse(
-    loaded: engine.Engine, monkeypatch: pytest.MonkeyPatch, *, reuse: bool
+    loaded: engine.ChatEngine, monkeypatch: pytest.MonkeyPatch, *, reuse: bool
 ) -> tuple[list[str], list[int]]:
     conversation, replies, fed = Conversation(), [], []
     real = type(loaded.model).forward
@@ -53,7 +53,7 @@ def converse(
 
 
 def test_greedy_replies_are_equal_with_and_without_reuse(
-    demo: engine.Engine, monkeypatch: pytest.MonkeyPatch
+    demo: engine.ChatEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, whole = converse(demo, monkeypatch, reuse=False)
     again, reused = converse(demo, monkeypatch, reuse=True)
@@ -62,7 +62,7 @@ def test_greedy_replies_are_equal_with_and_without_reuse(
     assert sum(reused) < sum(whole)  # the cache was reused
 
 
-def test_cache_of_another_prefix_is_discarded(demo: engine.Engine) -> None:
+def test_cache_of_another_prefix_is_discarded(demo: engine.ChatEngine) -> None:
     demo.past.cache, demo.past.ids = object(), [1, 2, 3]
     assert demo.past.take([1, 2, 4, 5]) is None
     demo.past.cache, demo.past.ids = object(), [1, 2, 3]

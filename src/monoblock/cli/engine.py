@@ -75,7 +75,7 @@ class Past:
 
 
 @dataclass(frozen=True)
-class Engine:
+class ChatEngine:
     """A model with its tokenizer, its processor if it takes images, and the KV cache of the conversation."""
 
     model: Any
@@ -177,7 +177,7 @@ def load(
     hub: DownloadOptions,
     attention: str | None = None,
     what: str = "monoblock generate",
-) -> Engine:
+) -> ChatEngine:
     """Load model and tokenizer. `attention`: `attn_implementation` of from_pretrained. `what`: the command, for
     errors."""
     from monoblock.pipelines.frameworks import chosen
@@ -202,7 +202,7 @@ def load(
         config = monoblock.AutoConfig.from_pretrained(path, **where)
         device = None if source.device == "auto" else source.device
         model = framework.adapter.load(auto, path, device, config=config, **options)
-    return Engine(model, tokenizer, name, _processor(model, path, where), pytorch=pytorch)
+    return ChatEngine(model, tokenizer, name, _processor(model, path, where), pytorch=pytorch)
 
 
 def need_pytorch(what: str) -> None:

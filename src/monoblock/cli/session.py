@@ -13,7 +13,7 @@ from monoblock.cli.lines import TypedMessage, entries
 from monoblock.cli.settings import Settings, literal
 
 if TYPE_CHECKING:
-    from monoblock.cli.engine import Engine
+    from monoblock.cli.engine import ChatEngine
 
 MAX_NEW_TOKENS = 512
 
@@ -23,7 +23,7 @@ class Session:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ChatEngine,
         settings: Settings,
         conversation: Conversation,
         *,

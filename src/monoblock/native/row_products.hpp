@@ -35,12 +35,13 @@ inline void prepare_row(const Matrix& m, const float* x, int64_t ldx, int64_t ro
 #endif
 }
 
-// R adjacent outputs of the rows [row, end), T rows at a time.
+// R outputs, `gap` apart, of the rows [row, end), T rows at a time.
 template <class Tile, int R, int T>
-inline void row_tiles(const Matrix& m, const Prepared& x, int64_t row, int64_t end, float* y, int64_t ldy, int64_t output) {
-  for (; row + T <= end; row += T) tile<Tile, R, T>(m, x, output, 1, int(row), y, ldy);
+inline void row_tiles(const Matrix& m, const Prepared& x, int64_t row, int64_t end, float* y, int64_t ldy, int64_t output,
+                      int64_t gap) {
+  for (; row + T <= end; row += T) tile<Tile, R, T>(m, x, output, gap, int(row), y, ldy);
   if constexpr (T > 1)
-    if (row < end) row_tiles<Tile, R, T / 2>(m, x, row, end, y, ldy, output);
+    if (row < end) row_tiles<Tile, R, T / 2>(m, x, row, end, y, ldy, output, gap);
 }
 
 template <class Tile, int R, int T>
@@ -49,9 +50,10 @@ inline void over_rows(const Matrix& m, const Prepared& x, int64_t rows, float* y
   const int64_t each = round_up(ROWS_BYTES / (m.inputs * 4) + 1, T);
   for (int64_t row = 0; row < rows; row += each) {
     const int64_t end = row + each < rows ? row + each : rows;
-    int64_t output = first;
-    for (; output + R <= last; output += R) row_tiles<Tile, R, T>(m, x, row, end, y, ldy, output);
-    for (; output < last; ++output) row_tiles<Tile, 1, T>(m, x, row, end, y, ldy, output);
+    by_strips(R, first, last, [&](int64_t output, int64_t gap) {
+      gap ? row_tiles<Tile, R, T>(m, x, row, end, y, ldy, output, gap)
+          : row_tiles<Tile, 1, T>(m, x, row, end, y, ldy, output, 0);
+    });
   }
 }
 

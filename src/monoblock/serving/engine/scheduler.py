@@ -11,6 +11,8 @@ from monoblock.serving.engine.blocks import BlockPool, blocks_for
 from monoblock.serving.engine.options import EngineOptions
 from monoblock.serving.engine.sequence import EngineSequence
 
+SPARE = 50  # a new sequence leaves this part of the blocks free
+
 
 @dataclass
 class SchedulerStats:
@@ -105,8 +107,8 @@ class Scheduler:
         if self._may_share(sequence):
             found = self.pool.find(sequence.full_digests((len(sequence.tokens) - 1) // BLOCK))
         needed = blocks_for(tokens) - len(found)
-        # One block for each running sequence stays free, so that a new one does not preempt others at once.
-        spare = len(self.running) if self.divides else 0
+        # Some blocks stay free, so that a new sequence does not cause preemption at once.
+        spare = 1 + self.pool.count // SPARE if self.divides and self.running else 0
         new = self.pool.allocate(needed) if needed + spare <= self.pool.available else None
         if new is None:
             self.pool.release(found)

@@ -152,5 +152,6 @@ class EngineSequence:
         self._looked_up = len(tokens)
         for size in range(LONGEST_MATCH, 0, -1):
             if (at := self._lookup.get(tuple(tokens[-size:]))) is not None:
-                return tokens[at : at + room]
+                period = tokens[at:]  # a text that repeats itself is expected to go on
+                return [period[i % len(period)] for i in range(room)]
         return ()
