@@ -93,7 +93,7 @@ docs: $(DOCS_VENV)/.installed ## the documentation as a site in site/; links, an
 
 fuzz: fuzz-readers fuzz-saves fuzz-server ## fuzzed files and requests, and killed saves (hours; not in `test`)
 
-fuzz-server: $(VENV)/.installed-test ## 20,000 fuzzed requests to a server (an hour; `test` takes a sample)
+fuzz-server: $(VENV)/.installed-test ## 20,000 fuzzed requests to a server (minutes; `test` takes a sample)
 	@MONOBLOCK_FUZZ_REQUESTS=20000 $(VENV)/bin/python -m pytest -s tests/serving/test_fuzz_server.py
 
 fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`test` takes a sample)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from monoblock.serving.server.errors import ApiError
-from monoblock.serving.server.generating import GenerationRun
+from monoblock.serving.server.generating import AnswerRun
 from monoblock.serving.server.kinds import ModelKind
 from monoblock.serving.server.models import TextModel
 from monoblock.serving.server.service import ServerState
@@ -34,7 +34,7 @@ async def stream_while_used(
     state: ServerState,
     request: Request,
     model: str | None,
-    prepare: Callable[[TextModel], Awaitable[tuple[AsyncGenerator[bytes], GenerationRun]]],
+    prepare: Callable[[TextModel], Awaitable[tuple[AsyncGenerator[bytes], AnswerRun]]],
     done: bool = True,
 ) -> Response:
     """The stream of the events that `prepare` returns for the model, which stays loaded until the stream ends; then the
@@ -44,7 +44,7 @@ async def stream_while_used(
     """
     stack = AsyncExitStack()
 
-    async def start() -> tuple[AsyncGenerator[bytes], GenerationRun]:
+    async def start() -> tuple[AsyncGenerator[bytes], AnswerRun]:
         loaded = await stack.enter_async_context(state.registry.use(model, ModelKind.GENERATE))
         return await prepare(loaded)
 

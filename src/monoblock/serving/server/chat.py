@@ -15,7 +15,7 @@ from monoblock.serving.server import choices
 from monoblock.serving.server.answers import json_answer, stream_while_used
 from monoblock.serving.server.endpoints import CHAT
 from monoblock.serving.server.errors import ApiError
-from monoblock.serving.server.generating import GenerationRun
+from monoblock.serving.server.generating import AnswerRun
 from monoblock.serving.server.kinds import ModelKind
 from monoblock.serving.server.models import TextModel
 from monoblock.serving.server.prompts import PreparedPrompt, TemplateOptions, chat_prompt
@@ -53,9 +53,9 @@ class ChatJob:
     params: SamplingParams
     tools: ToolUse = field(default_factory=ToolUse)
 
-    def run(self, state: ServerState) -> GenerationRun:
+    def run(self, state: ServerState) -> AnswerRun:
         """The submitted generation."""
-        run = GenerationRun(self.model, self.name, state.metrics, state.settings.limits.request_seconds)
+        run = AnswerRun(self.model, self.name, state.metrics, state.settings.limits.request_seconds)
         run.submit([self.prompt], self.params)
         return run
 
@@ -277,7 +277,7 @@ def _logprobs(body: Any, job: ChatJob, found: Any) -> dict[str, Any] | None:
 
 async def _stream(
     body: Any, task: ChatTask, model: TextModel, name: str, state: ServerState
-) -> tuple[AsyncGenerator[bytes], GenerationRun]:
+) -> tuple[AsyncGenerator[bytes], AnswerRun]:
     job = await prepare(body, task, model, name, state)
     run = job.run(state)
     if job.prompt.image is not None:
@@ -285,7 +285,7 @@ async def _stream(
     return _events(body, job, run), run
 
 
-async def _events(body: Any, job: ChatJob, run: GenerationRun) -> AsyncGenerator[bytes]:
+async def _events(body: Any, job: ChatJob, run: AnswerRun) -> AsyncGenerator[bytes]:
     """The chunks: a role for each choice, then text and calls, and at the end the usage if requested."""
     options = body.stream_options
     counted = options is not None and options.include_usage

@@ -15,7 +15,7 @@ from monoblock.serving.server import choices
 from monoblock.serving.server.answers import json_answer, stream_while_used
 from monoblock.serving.server.endpoints import COMPLETIONS
 from monoblock.serving.server.errors import ApiError
-from monoblock.serving.server.generating import GenerationRun
+from monoblock.serving.server.generating import AnswerRun
 from monoblock.serving.server.kinds import ModelKind
 from monoblock.serving.server.models import TextModel
 from monoblock.serving.server.prompts import PreparedPrompt, text_prompts
@@ -42,9 +42,9 @@ class CompletionJob:
         """Whether nothing is generated: one token is, which is not returned."""
         return self.body.max_tokens == 0
 
-    def run(self, state: ServerState) -> GenerationRun:
+    def run(self, state: ServerState) -> AnswerRun:
         """The submitted generations."""
-        run = GenerationRun(self.model, self.name, state.metrics, state.settings.limits.request_seconds)
+        run = AnswerRun(self.model, self.name, state.metrics, state.settings.limits.request_seconds)
         run.submit([PreparedPrompt(ids) for ids in self.prompts], self.params)
         return run
 
@@ -207,13 +207,13 @@ def _choice(
 
 async def _stream(
     body: Any, model: TextModel, name: str, state: ServerState
-) -> tuple[AsyncGenerator[bytes], GenerationRun]:
+) -> tuple[AsyncGenerator[bytes], AnswerRun]:
     job = await _prepare(body, model, name, state)
     run = job.run(state)
     return _events(job, run), run
 
 
-async def _events(job: CompletionJob, run: GenerationRun) -> AsyncGenerator[bytes]:
+async def _events(job: CompletionJob, run: AnswerRun) -> AsyncGenerator[bytes]:
     body, options = job.body, job.body.stream_options
     counted = options is not None and options.include_usage
     always = options is not None and options.continuous_usage_stats

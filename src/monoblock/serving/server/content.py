@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
-from monoblock.serving.server.fields import Part
+from monoblock.serving.server.fields import RequestPart
 
 ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Schema = dict[str, Any]
@@ -14,28 +14,28 @@ Schema = dict[str, Any]
 # ---------------------------------------------------------------------------- messages
 
 
-class TextPart(Part):
+class TextPart(RequestPart):
     """Text of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(Part):
+class ImageUrl(RequestPart):
     """`detail` chooses a resolution of OpenAI's models; only its default is accepted."""
 
     url: str
     detail: Literal["auto"] = "auto"
 
 
-class ImagePart(Part):
+class ImagePart(RequestPart):
     """An image: a data: URL, or where the server allows it a file: or http(s): URL."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class RefusalPart(Part):
+class RefusalPart(RequestPart):
     """A refusal of the assistant, which is read as its text."""
 
     type: Literal["refusal"]
@@ -45,14 +45,14 @@ class RefusalPart(Part):
 ContentPart = Annotated[TextPart | ImagePart | RefusalPart, Discriminator("type")]
 
 
-class CalledFunction(Part):
+class CalledFunction(RequestPart):
     """`arguments`: a JSON text."""
 
     name: ToolName
     arguments: str
 
 
-class PastToolCall(Part):
+class PastToolCall(RequestPart):
     """A call that the assistant made earlier."""
 
     id: str
@@ -61,7 +61,7 @@ class PastToolCall(Part):
     index: int | None = None
 
 
-class ChatMessage(Part):
+class ChatMessage(RequestPart):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -91,7 +91,7 @@ class ChatMessage(Part):
 # ---------------------------------------------------------------------------- tools
 
 
-class Function(Part):
+class Function(RequestPart):
     """`parameters`: a JSON schema of the arguments; without it, the function takes none."""
 
     name: ToolName
@@ -100,20 +100,20 @@ class Function(Part):
     strict: bool | None = None
 
 
-class Tool(Part):
+class Tool(RequestPart):
     """A function that the model may call."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(Part):
+class NamedFunction(RequestPart):
     """The name of a function."""
 
     name: ToolName
 
 
-class NamedTool(Part):
+class NamedTool(RequestPart):
     """The tool that is to be called."""
 
     type: Literal["function"]
@@ -125,19 +125,19 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 # ---------------------------------------------------------------------------- response formats
 
 
-class TextFormat(Part):
+class TextFormat(RequestPart):
     """Free text."""
 
     type: Literal["text"]
 
 
-class JsonObjectFormat(Part):
+class JsonObjectFormat(RequestPart):
     """Any JSON object."""
 
     type: Literal["json_object"]
 
 
-class NamedSchema(Part):
+class NamedSchema(RequestPart):
     """A JSON schema; the output always matches it, whatever `strict` is."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -146,14 +146,14 @@ class NamedSchema(Part):
     strict: bool | None = None
 
 
-class JsonSchemaFormat(Part):
+class JsonSchemaFormat(RequestPart):
     """JSON that matches a schema."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
-class RegexFormat(Part):
+class RegexFormat(RequestPart):
     """Text that matches a regular expression; an extension of OpenAI's formats."""
 
     type: Literal["regex"]
@@ -165,7 +165,7 @@ ResponseFormat = Annotated[
 ]
 
 
-class StreamOptions(Part):
+class StreamOptions(RequestPart):
     """`include_usage`: a last chunk with the token counts. `continuous_usage_stats`: counts in every chunk."""
 
     include_usage: bool = False
@@ -176,14 +176,14 @@ class StreamOptions(Part):
 # ---------------------------------------------------------------------------- /v1/responses
 
 
-class InputText(Part):
+class InputText(RequestPart):
     """Text of a message."""
 
     type: Literal["input_text"]
     text: str
 
 
-class InputImage(Part):
+class InputImage(RequestPart):
     """An image."""
 
     type: Literal["input_image"]
@@ -191,7 +191,7 @@ class InputImage(Part):
     detail: Literal["auto"] = "auto"
 
 
-class OutputText(Part):
+class OutputText(RequestPart):
     """Text of an earlier answer."""
 
     type: Literal["output_text"]
@@ -200,7 +200,7 @@ class OutputText(Part):
     logprobs: list[Any] | None = None
 
 
-class OutputRefusal(Part):
+class OutputRefusal(RequestPart):
     """A refusal in an earlier answer."""
 
     type: Literal["refusal"]
@@ -210,7 +210,7 @@ class OutputRefusal(Part):
 ItemPart = Annotated[InputText | InputImage | OutputText | OutputRefusal, Discriminator("type")]
 
 
-class MessageItem(Part):
+class MessageItem(RequestPart):
     """A message of the conversation."""
 
     type: Literal["message"] = "message"
@@ -220,7 +220,7 @@ class MessageItem(Part):
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-class CallItem(Part):
+class CallItem(RequestPart):
     """A call of a function in an earlier answer."""
 
     type: Literal["function_call"]
@@ -231,7 +231,7 @@ class CallItem(Part):
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-class CallOutputItem(Part):
+class CallOutputItem(RequestPart):
     """The result of a call."""
 
     type: Literal["function_call_output"]
@@ -258,7 +258,7 @@ ResponseItem = Annotated[
 ]
 
 
-class FlatTool(Part):
+class FlatTool(RequestPart):
     """A function, in the form of /v1/responses."""
 
     type: Literal["function"]
@@ -268,7 +268,7 @@ class FlatTool(Part):
     strict: bool | None = None
 
 
-class FlatNamedTool(Part):
+class FlatNamedTool(RequestPart):
     """The tool that is to be called."""
 
     type: Literal["function"]
@@ -278,7 +278,7 @@ class FlatNamedTool(Part):
 FlatToolChoice = Literal["none", "auto", "required"] | FlatNamedTool
 
 
-class FlatSchemaFormat(Part):
+class FlatSchemaFormat(RequestPart):
     """JSON that matches a schema."""
 
     type: Literal["json_schema"]
@@ -291,7 +291,7 @@ class FlatSchemaFormat(Part):
 FlatFormat = Annotated[TextFormat | JsonObjectFormat | FlatSchemaFormat | RegexFormat, Discriminator("type")]
 
 
-class TextSettings(Part):
+class TextSettings(RequestPart):
     """`format` of the output. `verbosity`: its default only."""
 
     format: FlatFormat | None = None

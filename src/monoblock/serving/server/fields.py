@@ -19,7 +19,7 @@ from monoblock.serving.server.errors import ApiError
 CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class Part(BaseModel):
+class RequestPart(BaseModel):
     """A JSON object inside a field; unknown keys are refused."""
 
     model_config = CONFIG

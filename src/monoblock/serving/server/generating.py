@@ -19,7 +19,7 @@ from monoblock.serving.server.sampling import refused_value
 
 
 @dataclass
-class GenerationRun:
+class AnswerRun:
     """The generations of one request, one per prompt, and their times."""
 
     model: TextModel

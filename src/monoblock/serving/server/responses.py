@@ -22,7 +22,7 @@ from monoblock.serving.server.content import (
 )
 from monoblock.serving.server.endpoints import RESPONSES
 from monoblock.serving.server.errors import ApiError
-from monoblock.serving.server.generating import GenerationRun
+from monoblock.serving.server.generating import AnswerRun
 from monoblock.serving.server.kinds import ModelKind
 from monoblock.serving.server.models import TextModel
 from monoblock.serving.server.service import ServerState, state_of
@@ -159,7 +159,7 @@ def _response(body: Any, job: ChatJob, identity: str, created: int) -> dict[str,
     }
 
 
-def _usage(run: GenerationRun) -> dict[str, Any]:
+def _usage(run: AnswerRun) -> dict[str, Any]:
     usage = run.usage()
     return {
         "input_tokens": usage["prompt_tokens"],
@@ -170,9 +170,7 @@ def _usage(run: GenerationRun) -> dict[str, Any]:
     }
 
 
-def _ended(
-    response: dict[str, Any], run: GenerationRun, finish: str | None, output: list[Any]
-) -> dict[str, Any]:
+def _ended(response: dict[str, Any], run: AnswerRun, finish: str | None, output: list[Any]) -> dict[str, Any]:
     """The response object at the end."""
     cut = finish == "length"
     return {
@@ -209,7 +207,7 @@ def _logprobs(body: Any, job: ChatJob, found: Any) -> list[dict[str, Any]]:
     return choices.chat_logprobs(found, job.model.spelling, bool(body.top_logprobs))
 
 
-def _whole(body: Any, job: ChatJob, run: GenerationRun, sequence: Completion) -> dict[str, Any]:
+def _whole(body: Any, job: ChatJob, run: AnswerRun, sequence: Completion) -> dict[str, Any]:
     text, calls = sequence.text, list[ToolCall]()
     if (parser := job.tools.parser()) is not None:
         first, some = parser.add(text)
@@ -230,7 +228,7 @@ def _whole(body: Any, job: ChatJob, run: GenerationRun, sequence: Completion) ->
 
 async def _stream(
     body: Any, task: ChatTask, model: TextModel, name: str, state: ServerState
-) -> tuple[AsyncGenerator[bytes], GenerationRun]:
+) -> tuple[AsyncGenerator[bytes], AnswerRun]:
     job = await prepare(body, task, model, name, state)
     run = job.run(state)
     if job.prompt.image is not None:
@@ -307,7 +305,7 @@ class EventWriter:
         ]
 
 
-async def _events(body: Any, job: ChatJob, run: GenerationRun) -> AsyncGenerator[bytes]:
+async def _events(body: Any, job: ChatJob, run: AnswerRun) -> AsyncGenerator[bytes]:
     writer = EventWriter()
     response = _response(body, job, choices.identifier("resp_"), choices.now())
     parser = job.tools.parser()
