@@ -19,8 +19,12 @@ from typing import Any
 import pytest
 import server_models
 
+from monoblock.cli import batch
 from monoblock.cli.app import command
+from monoblock.cli.options import DownloadOptions
 from monoblock.serving.batch_files import BatchResults, read_lines
+from monoblock.serving.server.kinds import ModelKind
+from monoblock.serving.server.registry import ModelEntry
 
 PATIENCE = 120.0  # seconds that a subprocess may take
 FIXED = ("--device", "cpu", "--cache-memory", "32")
@@ -289,6 +293,23 @@ def test_a_model_that_cannot_be_loaded_ends_the_command(tmp_path: Path) -> None:
     source = written(tmp_path / "in.jsonl", completion(1))
     ran = invoke(source, tmp_path / "out.jsonl", "-m", folder, *FIXED)
     assert ran.exit_code == 1 and not _size(tmp_path / "out.jsonl")
+
+
+def test_another_adapter_is_another_model(tmp_path: Path) -> None:
+    """Its files, not its path, decide whether a run continues."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"1")
+    entry = ModelEntry("tuned", None, ModelKind.GENERATE, adapter=str(folder))
+
+    def decisive() -> str:
+        return batch._decisive([entry], batch.BatchModelOptions(), DownloadOptions())
+
+    first = decisive()
+    assert first == decisive()
+    (folder / "adapter_model.safetensors").write_bytes(b"2")
+    assert first != decisive()
 
 
 # ---------------------------------------------------------------------------- the files

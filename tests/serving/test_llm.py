@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,8 @@ def test_best_of_gives_the_likeliest(llm: LLM) -> None:
 
 
 def test_the_prefix_cache_is_counted(llm: LLM) -> None:
+    if not llm._engine.runner.divides:
+        pytest.skip(f"no blocks are shared: {llm._engine.runner.why}")
     prompt = "# " + "words " * 150
     llm.generate(prompt, GREEDY)
     assert llm.generate(prompt, GREEDY)[0].num_cached_tokens >= 64
@@ -347,6 +351,20 @@ def test_scores_are_those_of_the_cross_encoder(folder: Path) -> None:
     ]
     with pytest.raises(ValueError, match="3 and 2 texts"):
         llm.score(["a"] * 3, ["b"] * 2)
+
+
+def test_no_package_of_the_server_is_needed() -> None:
+    code = """
+import sys
+from monoblock import LLM
+for name in ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"):
+    assert name not in sys.modules
+    sys.modules[name] = None
+llm = LLM(device="cpu", cache_memory="8MB")
+print(llm.generate("import")[0].outputs[0].text)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr
 
 
 def test_methods_need_their_kind_of_model(llm: LLM) -> None:

@@ -28,7 +28,10 @@ class Page:
         self.driver, self.server = driver, server
 
     def open(self) -> Page:
+        """The page without anything stored: the system may give a port, and so an origin, out again."""
         self.driver.get(self.server.url)
+        self.script("localStorage.clear(); sessionStorage.clear()")
+        self.driver.refresh()
         if not self.server.key:
             self.until(lambda: self.one("#model").is_enabled())
         return self
@@ -692,6 +695,24 @@ def test_a_text_does_not_ask_for_more_than_the_context(page: Page) -> None:
     assert page.server.requests[-1][1]["max_tokens"] == 1024 - 980 - 1
 
 
+def test_a_reply_is_continued(page: Page) -> None:
+    page.server.broken["first"] = "cut"
+    page.server.replies["first"] = "one two three four"
+    page.send("first")
+    assert page.messages() == ["first", "one two"]
+    page.server.replies["one two "] = "three four"
+    page.tool("continue")
+    page.until(page.idle)
+    assert page.messages() == ["first", "one two three four"]
+    body = page.server.requests[-1][1]
+    assert [m["role"] for m in body["messages"]] == ["user", "assistant"]
+    assert (body["continue_final_message"], body["add_generation_prompt"]) == (True, False)
+    assert page.text("#messages .assistant .versions") == "2/2"
+    assert not page.all("[data-tool=continue]"), "it is complete"
+    page.tool("left")
+    assert page.messages() == ["first", "one two"]
+
+
 def test_the_attention_view_shows_weights(page: Page) -> None:
     page.server.replies["one two three"] = "four five six"
     page.send("one two three")
@@ -773,6 +794,11 @@ def test_the_real_server(driver: Any, real: Any) -> None:
     shown = page.script("return document.querySelector('#messages .assistant').node.content")
     assert shown == content and content
     assert "12 tokens" in page.text("#messages .assistant .meta")
+    page.tool("continue")
+    page.until(page.idle)
+    assert page.text("#alert") == ""
+    longer = page.script("return document.querySelector('#messages .assistant').node.content")
+    assert longer.startswith(content) and len(longer) > len(content)
     page.tool("attention")
     page.until(lambda: page.all(".token"))
     assert len(page.all("#attention-layer option")) == 5
@@ -801,15 +827,17 @@ def test_stop_cancels_in_the_real_server(driver: Any, real: Any) -> None:
     page.server.key = "secret"
     driver.get(real.url + "/")
     page.until(lambda: page.one("#model").is_enabled())
-    page.one("#model option[value=demo]").click()
+    page.one("#model option[value=plain]").click()
     page.one("#new").click()
     page.one("#open-settings").click()
-    page.fill("#parameter-max_tokens", "900")
+    page.fill("#parameter-temperature", "0")  # random weights repeat themselves, without an end
+    page.fill("#parameter-max_tokens", "1900")
     page.one("#settings .bar button").click()
-    page.start("Write a long function.")
+    page.start("name")
     page.until(lambda: len(page.messages()) == 2 and page.messages()[1])
     page.one("#stop").click()
     page.until(page.idle)
-    entry = real.app.state.registry.entries["demo"]
+    assert page.script("return document.querySelector('#messages .assistant').node.finish") == "stopped"
+    entry = real.app.state.registry.entries["plain"]
     page.until(lambda: entry.loaded.engine.stats().running == 0)
     assert entry.users == 0

@@ -116,12 +116,13 @@ function textTokens(path) {
 
 const input = (path) => (isChat() ? { messages: messagesOf(path) } : { prompt: plainText(path) });
 
-/** Reply to the message `parent`, as a new version. */
-async function reply(parent) {
+/** Reply to the message `parent`, as a new version; with `begun`, one that continues the text of that reply. */
+async function reply(parent, begun = null) {
   if (running) return;
   clearReport();
   const chat = isChat();
-  const node = conversation.add(parent, { role: "assistant", content: "", model: currentModel().id });
+  const start = begun?.content ?? "";
+  const node = conversation.add(parent, { role: "assistant", content: start, model: currentModel().id });
   const path = conversation.before(node);
   const controller = new AbortController();
   running = { controller, node };
@@ -129,7 +130,8 @@ async function reply(parent) {
   toEnd();
   const body = {
     model: currentModel().id,
-    ...input(path),
+    ...input(begun ? [...path, node] : path),
+    ...(begun ? { add_generation_prompt: false, continue_final_message: true } : {}),
     ...(chat ? {} : { max_tokens: textTokens(path) }),
     ...settingsForm.sampling(settings),
     stream: true,
@@ -166,12 +168,12 @@ async function reply(parent) {
   if (node.usage?.completion_tokens > 1 && last > first)
     node.speed = ((node.usage.completion_tokens - 1) / (last - first)) * 1000;
   if (failed && !node.finish) node.finish = "failed";
-  if (!node.content && node.finish !== "stop" && node.finish !== "length") drop(node);
+  if (node.content === start && node.finish !== "stop" && node.finish !== "length") drop(node);
   conversation.save();
   draw();
   speech.end();
   if (!failed) say(node.finish === "stopped" ? "Stopped." : `Reply complete. ${countOf(node)}`);
-  else if (failed.status === 401) askForKey(() => reply(parent));
+  else if (failed.status === 401) askForKey(() => reply(parent, begun));
   else if (failed.code === "no_chat_template") {
     // A model that was not loaded yet, so that the list of models could not tell.
     currentModel().chat_template = false;
@@ -179,10 +181,10 @@ async function reply(parent) {
     draw();
     reply(parent);
   }
-  else report(failed, () => reply(parent));
+  else report(failed, () => reply(parent, begun));
 }
 
-/** Take back a reply that has no text, so that an earlier version of it shows again. */
+/** Take back a reply that has no text of its own, so that an earlier version of it shows again. */
 function drop(node) {
   const parent = conversation.parent(node);
   parent.children.splice(parent.children.indexOf(node.id), 1);
@@ -269,7 +271,7 @@ function draw() {
   const busy = running !== null;
   get("send").hidden = busy;
   get("stop").hidden = !busy;
-  for (const button of list.querySelectorAll("[data-tool=edit], [data-tool=retry], [data-tool=attention]"))
+  for (const button of list.querySelectorAll("[data-tool=edit], [data-tool=retry], [data-tool=continue], [data-tool=attention]"))
     button.disabled = busy;
   for (const button of list.querySelectorAll("[data-step]")) button.disabled ||= busy;
   showSend();
@@ -325,8 +327,12 @@ function fill(item, node) {
     ),
   );
   if (node.role === "assistant") {
+    if (isChat() && node === conversation.last() && (node.edited || ["length", "stopped", "failed"].includes(node.finish)))
+      tools.append(tool("continue", "Continue the reply", () => reply(conversation.parent(node), node)));
     tools.append(tool("attention", "Show what the last token attends to", () => showAttention(node)));
-    tools.append(element("span", "meta", metaOf(node)));
+    const meta = element("span", "meta", metaOf(node));
+    meta.title = detailsOf(node);
+    tools.append(meta);
   }
   if (held) tools.querySelector(`[data-tool=${held}]`)?.focus();
 }
@@ -357,6 +363,16 @@ function metaOf(node) {
   if (node.edited) parts.push("edited");
   if (available.length > 1) parts.push(node.model);
   return parts.join(" · ");
+}
+
+function detailsOf(node) {
+  const parts = [];
+  const count = node.usage?.prompt_tokens;
+  const cached = node.usage?.prompt_tokens_details?.cached_tokens;
+  if (count) parts.push(`prompt: ${count.toLocaleString("en")} tokens${cached ? `, ${cached.toLocaleString("en")} of them cached` : ""}`);
+  if (node.wait) parts.push(`first token after ${node.wait.toFixed(2)} s`);
+  if (node.seconds) parts.push(`${node.seconds.toFixed(1)} s in all`);
+  return parts.join("; ");
 }
 
 function versionTools(node) {
