@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from measure import rounding
-from tiny_lora import adapt
+from tiny_lora import Lora, adapt
 from torch import Tensor
 
 from monoblock import GPTNeoConfig, GPTNeoForCausalLM, MistralConfig, MistralForCausalLM, native
