@@ -6,9 +6,9 @@
 FOLDER is a model with random weights (bench/shapes.py), whose tokenizer both sides use. COMMAND starts a peer's server
 with OpenAI's /v1/completions; `{port}` in it is replaced; NAME may be followed by the model's name there
 (NAME:MODEL=COMMAND). `--genai`: the Python of an environment with openvino-genai, and the model converted for it; its
-continuous batching pipeline runs in a process. Servers run one at a time and alternate. Every client sends one request
-after the other; their prompts differ. monoblock's engine alone (no HTTP) and batch 8 of `generate` are measured too, and
-the first token of a second turn after a chat of 2,000 tokens.
+continuous batching pipeline runs in a process. Servers run one at a time and alternate. Every client sends two requests
+in turn; all prompts differ. The engine alone (no HTTP) and a batch of 8 with `generate` are measured too, and the
+first token of a second turn after a chat of 2,000 tokens.
 """
 
 from __future__ import annotations
