@@ -33,7 +33,7 @@ from monoblock.serving.server.endpoints import (
 )
 from monoblock.serving.server.errors import ApiError
 from monoblock.serving.server.fields import Endpoint
-from monoblock.serving.server.guard import RequestGuard
+from monoblock.serving.server.guard import RequestGuard, as_api_error
 from monoblock.serving.server.metrics import ServerMetrics
 from monoblock.serving.server.registry import ModelEntry, ModelRegistry
 from monoblock.serving.server.responses import responses
@@ -132,6 +132,7 @@ class ServerApp:
         _add_page(api)
         api.add_exception_handler(ApiError, _api_error)
         api.add_exception_handler(HTTPException, _http_error)
+        api.add_exception_handler(Exception, _other_error)
         schema = api.openapi
 
         def openapi() -> dict[str, Any]:
@@ -190,6 +191,12 @@ async def _api_error(request: Request, error: Exception) -> Response:
     del request
     assert isinstance(error, ApiError)
     return error_answer(error)
+
+
+async def _other_error(request: Request, error: Exception) -> Response:
+    """A bug; the guard logs it."""
+    del request
+    return error_answer(as_api_error(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
