@@ -171,10 +171,9 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
             answer = running.post("/v1/completions", **LONG, **more)
             assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
             assert answer.json()["error"]["type"] == "rate_limit_error"
-        assert (
-            running.error("/v1/completions", 429, **{**PROMPT, "prompt": ["a", "b", "c"]})["code"]
-            == "queue_full"
-        )
+        # What never fits is an error of the request.
+        assert running.error("/v1/completions", **{**PROMPT, "prompt": ["a", "b"]})["param"] == "prompt"
+        assert running.error("/v1/completions", **PROMPT, n=2)["param"] == "n"
         assert all(stream.status_code == 200 for stream in streams)
 
 
@@ -504,6 +503,13 @@ def test_health_tells_that_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> N
         # A request that came while the model loads is answered.
         assert running.post("/v1/completions", **{**PROMPT, "max_tokens": 1}).status_code == 200
         assert running.http.get("/health").json() == {"status": "ok"}
+
+
+def test_a_server_stops_while_a_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    forever = threading.Event()
+    monkeypatch.setattr(ModelRegistry, "_read", lambda self, entry: forever.wait())
+    with live(None) as running:
+        until(lambda: running.http.get("/health").json() == {"status": "loading"})
 
 
 def test_a_model_that_cannot_be_loaded_is_503(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import json
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -142,11 +141,6 @@ class ServerApp:
 
         api.openapi = openapi  # type: ignore[method-assign]
 
-    @property
-    def busy(self) -> int:
-        """The number of requests that run."""
-        return self.state.running
-
 
 def _optional(name: str) -> Any:
     """A module of the package, or None where it is not installed."""
@@ -277,8 +271,3 @@ async def show_metrics(request: Request) -> Response:
     """Prometheus' metrics."""
     text = await in_thread(state_of(request).metrics.text)
     return Response(text, media_type=metrics.CONTENT_TYPE)
-
-
-def openapi_text(app: ServerApp) -> str:
-    """The OpenAPI document."""
-    return json.dumps(app.api.openapi())
