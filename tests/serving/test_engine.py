@@ -3,18 +3,27 @@ probabilities, structured output, drafts; nothing is left behind."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from typing import Any
 
+import fuyu_tokenizer
 import numpy as np
 import pytest
 import torch
+from helpers import randomised
+from PIL import Image
 from serving_models import CLASSES, LENGTH, Answer, engine, model, prompt_of, run, tokenizer
+from tiny_families import MODEL_TYPES, fields, monoblock_model
+from tiny_lora import adapt
 
+import monoblock
 from monoblock import native
 from monoblock.generation.batches import BLOCK
 from monoblock.serving.engine.engine import Engine
+from monoblock.serving.engine.loading import make_engine
+from monoblock.serving.engine.options import EngineOptions
 from monoblock.serving.engine.params import SamplingParams
 from monoblock.serving.engine.results import QueueFull
 
@@ -364,7 +373,6 @@ def test_an_error_of_one_request_is_its_own() -> None:
 
 
 def test_models_that_do_not_generate_are_refused() -> None:
-    from tiny_families import MODEL_TYPES, fields, monoblock_model
 
     from monoblock.serving.engine.loading import make_engine
 
@@ -373,3 +381,93 @@ def test_models_that_do_not_generate_are_refused() -> None:
         make_engine(encoder, tokenizer())
     with pytest.raises(TypeError, match="model must be"):
         make_engine(object(), tokenizer())
+
+
+# ---------------------------------------------------------------------------- images, adapters, other runners
+
+
+def test_images() -> None:
+    """The tokens of `generate`; a picture shares the blocks of the same picture only."""
+    core = image_engine()
+    pictures = [Image.new("RGB", (60, 60), color) for color in ("red", "blue")]
+    found: list[list[int]] = []
+    for picture in (pictures[0], pictures[1], pictures[0]):
+        answer = Answer(GREEDY)
+        core.add("what is in the box", GREEDY, image=picture, sink=answer)
+        while core.step():
+            pass
+        found.append(answer.completions[0].tokens)
+    wanted: list[list[int]] = []
+    for picture in pictures:
+        inputs = core.processor(text=["what is in the box"], images=[picture], return_tensors="pt")
+        out = core.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        wanted.append(out[0, inputs["input_ids"].shape[1] :].tolist())
+    assert found == [wanted[0], wanted[1], wanted[0]]
+    assert wanted[0] != wanted[1]
+    with pytest.raises(TypeError, match="must be a text"):
+        core.add([1], GREEDY, image=pictures[0], sink=print)
+
+
+def image_engine() -> Engine:
+    """A small Fuyu with its processor."""
+    tokens = monoblock.PreTrainedTokenizerFast(
+        tokenizer_object=fuyu_tokenizer.backend(), bos_token="<s>", eos_token="</s>", pad_token="|SPEAKER|"
+    )
+    images = monoblock.FuyuImageProcessor(patch_size={"height": 30, "width": 30})
+    config = monoblock.FuyuConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_token_id=tokens.convert_tokens_to_ids("|SPEAKER|"),
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    vision = randomised(monoblock.FuyuForCausalLM(config).eval())
+    processor = monoblock.FuyuProcessor(images, tokens)
+    options = EngineOptions(cache_memory=1 << 25)
+    return make_engine(vision, tokens, name="fuyu", processor=processor, options=options)
+
+
+def test_adapters() -> None:
+    """LoRA adapters are applied in the step; other sequences do not change the bits."""
+    tuned = copy.deepcopy(model("MistralForCausalLM"))
+    adapt(tuned, ["q_proj", "v_proj", "down_proj"], {"one": 3})
+    core = make_engine(tuned, tokenizer(), options=EngineOptions(cache_memory=1 << 25))
+    prompts = [prompt_of(np.random.default_rng(seed), 30 + seed) for seed in range(5)]
+    params = GREEDY.replaced(ignore_eos=True)
+    answers = [Answer(params) for _ in prompts]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        core.add(prompt, params, sink=answer)
+    while core.step():
+        pass
+    if native.library() is not None:
+        assert core.runner.why is None
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        wanted = tuned.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=-1)[
+            0, len(prompt) :
+        ].tolist()
+        assert answer.completions[0].tokens == wanted
+        plain = model("MistralForCausalLM").generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=-1)
+        assert wanted != plain[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_without_native_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sequence by the model's modules; a sequence is not divided, and never computed twice."""
+    monkeypatch.setattr(native, "_opened", lambda: native.choose("0"))
+    core = engine(name, blocks=9)
+    assert core.runner.why is not None
+    requests = [
+        (prompt, params.replaced(speculative_tokens=0, prompt_logprobs=None))
+        for prompt, params in requests_of(3, 12)
+    ]
+    answers = together(core, requests, 4)
+    for answer, (prompt, params) in zip(answers, requests, strict=True):
+        if answer is not None:
+            assert answer.result == run(engine(name), prompt, params).result
+    stats = core.stats()
+    assert (stats.preemptions, stats.cache_used, stats.prefix_hit_tokens) == (0, 0, 0)
+    assert not core.runner._caches  # type: ignore[attr-defined]

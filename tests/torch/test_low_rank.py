@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from measure import rounding
-from torch import Tensor, nn
+from tiny_lora import Lora, adapt
+from torch import Tensor
 
 from monoblock import GPTNeoConfig, GPTNeoForCausalLM, MistralConfig, MistralForCausalLM, native
 
@@ -16,35 +17,6 @@ pytestmark = pytest.mark.skipif(
     native.preferred(torch.get_num_threads()) is None, reason=f"native kernels: {native.status()}"
 )
 IDS = torch.arange(6)[None]
-
-
-class _Lora(nn.Module):
-    """The base layer's output and, for each adapter, scaling * B A x."""
-
-    disable_adapters = merged = False
-
-    def __init__(self, base_layer: Any, ranks: dict[str, int], dtype: torch.dtype) -> None:
-        super().__init__()
-        sizes = base_layer.in_features, base_layer.out_features
-        self.base_layer = base_layer
-        self.active_adapters = list(ranks)
-        self.lora_A = nn.ModuleDict({n: nn.Linear(sizes[0], r, bias=False) for n, r in ranks.items()})
-        self.lora_B = nn.ModuleDict({n: nn.Linear(r, sizes[1], bias=False) for n, r in ranks.items()})
-        self.lora_A.to(dtype)
-        self.lora_B.to(dtype)
-        self.lora_dropout = nn.ModuleDict({name: nn.Identity() for name in ranks})
-        self.scaling = {name: 0.5 + rank for name, rank in ranks.items()}
-        self.lora_variant: dict[str, Any] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
-        for name in self.active_adapters:
-            low = self.lora_A[name](x.to(self.lora_A[name].weight.dtype))
-            y = y + self.lora_B[name](low) * self.scaling[name]
-        return y.to(x.dtype)
-
-
-Lora: Any = type("Linear", (_Lora,), {"__module__": "peft.tuners.lora.layer"})
 
 
 def mistral(dtype: torch.dtype = torch.float32) -> Any:
@@ -59,13 +31,6 @@ def mistral(dtype: torch.dtype = torch.float32) -> Any:
         initializer_range=0.2,
     )
     return MistralForCausalLM(config).eval().to(dtype)
-
-
-def adapt(model: Any, names: list[str], ranks: dict[str, int], dtype: torch.dtype = torch.float32) -> None:
-    for module in list(model.modules()):
-        for name in names:
-            if isinstance(getattr(module, name, None), nn.Linear):
-                setattr(module, name, Lora(getattr(module, name), ranks, dtype).eval())
 
 
 def scores(model: Any, ids: Tensor) -> Tensor:
@@ -145,15 +110,15 @@ def test_a_change_of_scale_or_adapter_reaches_the_step() -> None:
     bound = bound_of(model)
     first = compare(model, IDS, bound)
     for module in model.modules():
-        if isinstance(module, _Lora):
+        if isinstance(module, Lora):
             module.scaling["one"] = 40.0
     second = compare(model, IDS, bound)
     for module in model.modules():
-        if isinstance(module, _Lora):
+        if isinstance(module, Lora):
             module.active_adapters = ["two"]
     third = compare(model, IDS, bound)
     for module in model.modules():
-        if isinstance(module, _Lora):
+        if isinstance(module, Lora):
             module.disable_adapters = True
             module.forward = module.base_layer.forward
     assert "overridden forward method" in model.decoding_path()

@@ -91,9 +91,17 @@ inline float word(const T* x, int64_t at, int64_t step, bool second) {
   return bits<float>(both);
 }
 
+// Whether a word is the bits of one or two adjacent channels as they lie in memory.
+template <class Dot, class T>
+constexpr bool in_words = sizeof(T) * Dot::PER_WORD == sizeof(float);
+
 // Packs rows of channels as rows of words.
 template <class Dot, class T>
 void pack_rows(const T* from, int64_t stride, int rows, int dim, int words, float* to) {
+  if (in_words<Dot, T> && dim == words * Dot::PER_WORD) {
+    for (int r = 0; r < rows; ++r) memcpy(to + r * words, from + r * stride, words * sizeof(float));
+    return;
+  }
   for (int r = 0; r < rows; ++r)
     for (int w = 0; w < words; ++w) {
       const int c = w * Dot::PER_WORD;
@@ -104,8 +112,18 @@ void pack_rows(const T* from, int64_t stride, int rows, int dim, int words, floa
 // Packs keys as panels (words, PANEL keys), padded with zeros after the last key.
 template <class Dot, class T>
 void pack_keys(const T* from, int64_t stride, int keys, int dim, int words, float* to) {
-  for (int first = 0; first < keys; first += PANEL, to += words * PANEL)
-    for (int j = 0; j < PANEL; ++j) {
+  for (int first = 0; first < keys; first += PANEL, to += words * PANEL) {
+    int done = 0;
+    if (in_words<Dot, T> && words % LANES == 0 && dim == words * Dot::PER_WORD)
+      for (; done + LANES <= PANEL && first + done + LANES <= keys; done += LANES)
+        for (int w = 0; w < words; w += LANES) {
+          matrices::Words v[LANES];
+          UNROLL for (int j = 0; j < LANES; ++j)
+            v[j] = load<matrices::Words>(from + (first + done + j) * stride + w * Dot::PER_WORD);
+          matrices::transpose(v);
+          UNROLL for (int j = 0; j < LANES; ++j) store(to + (w + j) * PANEL + done, v[j]);
+        }
+    for (int j = done; j < PANEL; ++j) {
       const bool inside = first + j < keys;
       const T* key = from + (first + j) * stride;
       for (int w = 0; w < words; ++w) {
@@ -113,6 +131,7 @@ void pack_keys(const T* from, int64_t stride, int keys, int dim, int words, floa
         to[w * PANEL + j] = inside ? word<Dot>(key, c, 1, c + 1 < dim) : 0.0f;
       }
     }
+  }
 }
 
 // Packs values as rows of words, each of one channel of PER_WORD keys, padded with zeros after the last key.
@@ -181,7 +200,8 @@ float exponentiate(const ScoreRow& row, float& most, float& total) {
 
 // ---------------------------------------------------------------------------- one task
 
-template <class Dot, class T>
+// T: the type of queries, keys and values; Out: that of the result.
+template <class Dot, class T, class Out = T>
 class Task {
  public:
   Task(const AttentionCall& a, int64_t block)
@@ -264,7 +284,7 @@ class Task {
 
   // Normalises the sums. The output of a fully masked query is the mean of all values, as for equal scores.
   void finish(int64_t b, int64_t g, int64_t head, int64_t q, int64_t row) {
-    T* out = at<T>(a.out, a.out_strides, b, head, q);
+    Out* out = at<Out>(a.out, a.out_strides, b, head, q);
     const bool fully_masked = total[row] == 0.0f;
     if (fully_masked && mean.empty()) find_mean(b, g);
     const float* of = fully_masked ? mean.data() : sums.data() + row * padded;

@@ -38,6 +38,7 @@ class PackedRun {
     x = arena.take<float>(most * m.width);
     h = arena.take<float>(most * m.width);
     qkv = arena.take<float>(most * layout.size);
+    rounded = arena.take<uint16_t>(by_pairs() ? most * layout.size : 0);
     attended = arena.take<float>(most * inner_width);
     inner = arena.take<float>(most * wide);
     angles = arena.take<float>(most * m.rotary_dim);
@@ -129,14 +130,24 @@ class PackedRun {
     for (int64_t i = 0; i < m.layers; ++i) {
       const LayerWeights& layer = m.blocks[i];
       const float* in = m.pre_norm ? norm_rows(layer.norm1, count, mine) : x;
+      const bool unfinished = m.rotary_dim || m.clip != 0 || layer.q_norm.kind || layer.k_norm.kind;
       product(layer.qkv, in, m.width, count, mine, [&](int64_t row, int64_t o, const float* sums, int64_t n) {
-        memcpy(qkv + row * layout.size + o, sums, n * sizeof(float));
+        const int64_t at = row * layout.size + o;
+        if (unfinished || !by_pairs())
+          memcpy(qkv + at, sums, n * sizeof(float));
+        else
+          matrices::round_to_bf16(sums, n, rounded + at, n);
       });
-      if (m.rotary_dim || m.clip != 0 || layer.q_norm.kind || layer.k_norm.kind)
+      if (unfinished)
         phase(mine, count, [&](int64_t t) {
-          finish_qkv(m, layer, layout, qkv + t * layout.size, angles + t * m.rotary_dim, mine.together);
+          float* row = qkv + t * layout.size;
+          finish_qkv(m, layer, layout, row, angles + t * m.rotary_dim, mine.together);
+          if (by_pairs()) matrices::round_to_bf16(row, layout.size, rounded + t * layout.size, layout.size);
         });
-      attend(layer, first, last, mine);
+      if (by_pairs())
+        attend<prompt::Pairs>((const uint16_t*)rounded, layer, first, last, mine);
+      else
+        attend<prompt::Plain>((const float*)qkv, layer, first, last, mine);
       add(layer.out, attended, inner_width, count, mine);
       in = m.pre_norm ? norm_rows(layer.norm2, count, mine) : norm_in_place(layer.norm1, count, mine);
       up(layer.up, in, count, mine);
@@ -203,13 +214,23 @@ class PackedRun {
     });
   }
 
-  void attend(const LayerWeights& layer, int64_t first, int64_t last, Own& mine) {
+  // Whether attention multiplies pairs of bf16: where the weights are rounded as much, and one instruction does it.
+  bool by_pairs() const {
+#if defined(__AVX512BF16__)
+    return m.blocks[0].qkv.format != matrices::F32;
+#else
+    return false;
+#endif
+  }
+
+  template <class Dot, class T>
+  void attend(const T* heads, const LayerWeights& layer, int64_t first, int64_t last, Own& mine) {
     prompt::AttentionCall& a = mine.call;
     a.window = layer.window;
     for (int64_t* stride : {a.q_strides, a.k_strides, a.v_strides})
       stride[0] = 0, stride[1] = layout.stride, stride[2] = layout.size;
     a.out_strides[0] = 0, a.out_strides[1] = m.head_dim, a.out_strides[2] = inner_width;
-    prompt::Task<prompt::Plain, float> task(a, QUERY_BLOCK);
+    prompt::Task<Dot, T, float> task(a, QUERY_BLOCK);
     // Tasks (sequence, key/value head, block of queries) in order; a thread's cursor finds the sequence of the next one.
     int64_t total = 0;
     for (int64_t i = first; i < last; ++i) total += tasks_of(i);
@@ -218,7 +239,7 @@ class PackedRun {
       while (index - before >= tasks_of(sequence)) before += tasks_of(sequence++);
       const int64_t start = c.starts[sequence] - c.starts[first], length = c.starts[sequence + 1] - c.starts[sequence];
       const int64_t group = (index - before) % m.kv_heads, begin = (index - before) / m.kv_heads * QUERY_BLOCK;
-      const float* at = qkv + start * layout.size;
+      const T* at = heads + start * layout.size;
       a.q = at, a.k = at + layout.keys, a.v = at + layout.values, a.out = attended + start * inner_width;
       a.queries = a.keys = length;
       task.run(0, group, begin, std::min(begin + QUERY_BLOCK, length));
@@ -235,6 +256,7 @@ class PackedRun {
   const HeadLayout layout;
   const int64_t wide, inner_width;  // widths of a row of `inner` and of `attended`
   float *x, *h, *qkv, *attended, *inner, *angles;
+  uint16_t* rounded;  // queries, keys and values in bf16
   char *inputs, *own;
 };
 
