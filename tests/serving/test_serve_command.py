@@ -85,7 +85,7 @@ def lines_of(answer: httpx.Response, found: list[str]) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(sent: signal.Signals) -> None:
     """The running request is finished, new ones get 503, and then the process ends."""
-    with served() as running:
+    with served("--drain-timeout", "600") as running:
         assert running.line.startswith("monoblock serves demo on http://127.0.0.1:")
         assert running.post().status_code == 200
         whole = running.http.post("/v1/completions", json={**LONG, "stream": False}).json()
@@ -118,7 +118,7 @@ def test_draining_is_bounded() -> None:
             running.process.send_signal(signal.SIGTERM)
             assert running.process.wait(30) == 0
             reader.join(30)
-        assert "data: [DONE]" not in found
+        assert '"code":"server_stopping"' in found[-2] and 'finish_reason":"length' not in found[-3]
 
 
 def test_a_second_signal_ends_at_once() -> None:
@@ -135,12 +135,15 @@ def test_a_second_signal_ends_at_once() -> None:
             reader.join(30)
 
 
-def test_the_key_from_the_environment() -> None:
+def test_the_key_from_the_environment_and_a_port_in_use() -> None:
     with served("--name", "mine", MONOBLOCK_API_KEY="sesame") as running:
         assert running.line.startswith("monoblock serves mine on ")
         assert running.post().status_code == 401
         running.http.headers["Authorization"] = "Bearer sesame"
         assert running.post(model="mine").status_code == 200
+        port = running.url.rpartition(":")[2]
+        run = subprocess.run([*COMMAND, "--port", port], capture_output=True, text=True, timeout=120)
+        assert run.returncode == 1 and f"cannot listen on 127.0.0.1:{port}" in run.stderr
 
 
 def test_errors_before_listening(tmp_path: Path) -> None:
@@ -167,10 +170,3 @@ def test_the_only_model_is_loaded_at_the_start(tmp_path: Path) -> None:
     )
     run = subprocess.run([*COMMAND, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 1 and "monoblock:" in run.stderr and "Traceback" not in run.stderr
-
-
-def test_a_port_in_use() -> None:
-    with served() as running:
-        port = running.url.rpartition(":")[2]
-        run = subprocess.run([*COMMAND, "--port", port], capture_output=True, text=True, timeout=120)
-        assert run.returncode == 1 and f"cannot listen on 127.0.0.1:{port}" in run.stderr

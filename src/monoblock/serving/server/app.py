@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import json
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -33,7 +32,7 @@ from monoblock.serving.server.endpoints import (
 )
 from monoblock.serving.server.errors import ApiError
 from monoblock.serving.server.fields import Endpoint
-from monoblock.serving.server.guard import RequestGuard
+from monoblock.serving.server.guard import RequestGuard, as_api_error
 from monoblock.serving.server.metrics import ServerMetrics
 from monoblock.serving.server.models import TextModel
 from monoblock.serving.server.registry import ModelEntry, ModelRegistry
@@ -133,6 +132,7 @@ class ServerApp:
         _add_page(api)
         api.add_exception_handler(ApiError, _api_error)
         api.add_exception_handler(HTTPException, _http_error)
+        api.add_exception_handler(Exception, _other_error)
         schema = api.openapi
 
         def openapi() -> dict[str, Any]:
@@ -141,11 +141,6 @@ class ServerApp:
             return found
 
         api.openapi = openapi  # type: ignore[method-assign]
-
-    @property
-    def busy(self) -> int:
-        """The number of requests that run."""
-        return self.state.running
 
 
 def _optional(name: str) -> Any:
@@ -191,6 +186,12 @@ async def _api_error(request: Request, error: Exception) -> Response:
     del request
     assert isinstance(error, ApiError)
     return error_answer(error)
+
+
+async def _other_error(request: Request, error: Exception) -> Response:
+    """A bug; the guard logs it."""
+    del request
+    return error_answer(as_api_error(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -273,8 +274,3 @@ async def show_metrics(request: Request) -> Response:
     """Prometheus' metrics."""
     text = await in_thread(state_of(request).metrics.text)
     return Response(text, media_type=metrics.CONTENT_TYPE)
-
-
-def openapi_text(app: ServerApp) -> str:
-    """The OpenAPI document."""
-    return json.dumps(app.api.openapi())

@@ -17,7 +17,7 @@ from monoblock.serving.server.content import (
     Tool,
     ToolChoice,
 )
-from monoblock.serving.server.fields import ApiField, Endpoint, accepted, honoured, refused
+from monoblock.serving.server.fields import Endpoint, accepted, honoured, refused
 
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -429,8 +429,3 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 )
 # The main ones, each of whose fields has a test of its own.
 MAIN = (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS)
-
-
-def field_rows(endpoint: Endpoint) -> tuple[ApiField, ...]:
-    """The fields in the order of the document."""
-    return endpoint.fields

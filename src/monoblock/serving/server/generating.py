@@ -36,6 +36,12 @@ class AnswerRun:
 
     def submit(self, prompts: Sequence[PreparedPrompt], params: SamplingParams) -> None:
         """Queue all prompts, or none: ApiError 429 if the queue is full, 400 for values that the engine refuses."""
+        most = self.model.engine.core.options.max_waiting
+        if (count := len(prompts) * params.sequences) > most:
+            raise ApiError(
+                f"the request asks for {count} sequences; this server's queue takes {most}",
+                param="n" if len(prompts) == 1 else "prompt",
+            )
         try:
             for prompt in prompts:
                 self.generations.append(self.model.engine.submit(prompt.ids, params, image=prompt.image))

@@ -64,12 +64,18 @@ class RequestGuard:
             if not apart and self.state.running > self.state.settings.limits.in_flight:
                 raise too_busy(f"{self.state.running - 1} requests run")
             await self.app(scope, receive, watched)
+        except asyncio.CancelledError:
+            if not self.state.draining:
+                raise
+            if not begun:
+                await error_answer(_stopping())(scope, receive, watched)
         except ClientGone:
             status = 499  # nginx's number for it; nobody receives an answer
         except Exception as error:
-            failure = error if isinstance(error, ApiError) else _unexpected(error)
+            if not isinstance(error, ApiError):
+                log.error("a request failed", exc_info=error)
             if not begun:
-                await error_answer(failure)(scope, receive, watched)
+                await error_answer(as_api_error(error))(scope, receive, watched)
         finally:
             if not apart:
                 self.state.running -= 1
@@ -98,12 +104,7 @@ class RequestGuard:
         if self._key is not None and closed:
             self._check_key(headers)
         if self.state.draining and not apart:
-            raise ApiError(
-                "the server is stopping and takes no new requests",
-                status=503,
-                code="server_stopping",
-                headers={"Retry-After": "5", "Connection": "close"},
-            )
+            raise _stopping()
 
     def _check_host(self, headers: Mapping[str, str]) -> None:
         """A web page cannot reach a loopback address under a name of its own."""
@@ -129,8 +130,19 @@ class RequestGuard:
             )
 
 
-def _unexpected(error: Exception) -> ApiError:
-    log.error("a request failed", exc_info=error)
+def _stopping() -> ApiError:
+    return ApiError(
+        "the server is stopping: send the request to another one, or try again later",
+        status=503,
+        code="server_stopping",
+        headers={"Retry-After": "5", "Connection": "close"},
+    )
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The error itself; of another one 500, without its words."""
+    if isinstance(error, ApiError):
+        return error
     return ApiError(
         f"the server failed ({type(error).__name__}); its log has the reason",
         status=500,

@@ -68,6 +68,7 @@ class TextModel(TokenizedModel):
         self.engine = engine
         self.processor = engine.processor
         self._template = chat_template
+        self.grammars_ready = False  # whether the grammar library knows the tokenizer
         self.defaults: dict[str, Any] = engine.core.defaults() if defaults else {}
         self.new_tokens: int | None = engine.core.generation_config.max_new_tokens if defaults else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -103,8 +104,18 @@ class DrainingServer(uvicorn.Server):
                     await state.idle.wait()
             except TimeoutError:
                 log.warning("%d requests are stopped after %g s", state.running, timeout)
-                await cancelled(*self.app.guard.tasks)
+                await self._interrupt()
         self.should_exit = True
+
+    async def _interrupt(self) -> None:
+        """End the running requests: generations with an error that their clients receive, then what is left."""
+        state = self.app.state
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSING):
+                await state.registry.close(drain=False)
+                if not state.drained():
+                    await state.idle.wait()
+        await cancelled(*self.app.guard.tasks)
 
 
 def serve(app: ServerApp, listening: Callable[[str], None]) -> bool:

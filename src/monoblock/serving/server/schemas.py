@@ -68,6 +68,10 @@ async def check_grammar(
     if wanted is None:
         return
     try:
+        if not model.grammars_ready:
+            # The library's form of the tokenizer takes a second for a large vocabulary, which is not the schema's.
+            await in_thread(_compile, {"type": "regex", "pattern": "a"}, model, slow=True)
+            model.grammars_ready = True
         await first_of(in_thread(_compile, wanted, model, slow=True), limits.schema_seconds)
     except TimeoutError:
         raise _over(f"takes longer than {limits.schema_seconds:g} s to compile", param) from None

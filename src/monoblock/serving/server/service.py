@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,14 +25,11 @@ class ServerState:
     metrics: ServerMetrics
     draining: bool = False
     running: int = 0  # requests other than those for health and metrics
-    started: float = field(default_factory=time.time)
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def read(self, request: Request, endpoint: Endpoint) -> Any:
         """The checked values of a request's body."""
-        body = await read_body(request, self.settings.limits)
-        request.state.model = body.get("model")
-        return endpoint.read(body)
+        return endpoint.read(await read_body(request, self.settings.limits))
 
     def drained(self) -> bool:
         """Whether no request runs."""
