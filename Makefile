@@ -23,7 +23,7 @@ PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-ecosystem docs clean
-.PHONY: embed-million fuzz fuzz-readers fuzz-saves sanitize test-oldest wheel mutate
+.PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server sanitize test-oldest wheel mutate
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
 # The steps of `test` use all cores, and pytest's summary is printed last.
@@ -87,7 +87,10 @@ docs: $(DOCS_VENV)/.installed ## the documentation as a site in site/; links, an
 	@$(DOCS_VENV)/bin/python tools/check_site.py
 	@echo "read it: $(DOCS_VENV)/bin/python -m http.server -d site"
 
-fuzz: fuzz-readers fuzz-saves ## fuzzed files, and saves that are killed (hours; not in `test`)
+fuzz: fuzz-readers fuzz-saves fuzz-server ## fuzzed files and requests, and killed saves (hours; not in `test`)
+
+fuzz-server: $(VENV)/.installed-test ## 20,000 fuzzed requests to a server (minutes; `test` takes a sample)
+	@MONOBLOCK_FUZZ_REQUESTS=20000 $(VENV)/bin/python -m pytest -s tests/serving/test_fuzz_server.py
 
 fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`test` takes a sample)
 	@for part in core/test_transaction torch/test_saves_torch flax/test_saves_flax tf/test_saves_tf; do \

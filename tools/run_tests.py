@@ -30,6 +30,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "tf": ("tests/tf",),
     "core": ("tests/core", "tests/cli", "tests/fuzz"),
     "parity": ("tests/parity",),
+    "serving": ("tests/serving",),
 }
 # What runs beside them with --bare.
 CHECKS = ("types", "bare")

@@ -185,7 +185,14 @@ _BASES_OF: dict[str, tuple[str, ...]] = {
 _PACKAGES = ("demo", "embeddings", "pipelines", "util", "utils")
 
 # Module of a framework -> the pip extra that installs it.
-_EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "keras": "tf"}
+_EXTRAS = {
+    "torch": "torch",
+    "jax": "jax",
+    "flax": "jax",
+    "tensorflow": "tf",
+    "keras": "tf",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), "serve"),
+}
 
 _MADE = {name: module for table in (_MODELS, _BASES_OF) for module, names in table.items() for name in names}
 _NAMES = frozenset([*_HOME, *_MADE])

@@ -36,10 +36,10 @@ def test_the_summary_has_the_format_of_pytest() -> None:
 @pytest.mark.parametrize(
     ("statuses", "expected", "last"),
     [
-        ({}, 0, "10 passed"),
-        ({"flax": 1}, 1, "1 failed, 9 passed"),
-        ({"tf": run_tests.NO_TESTS}, 0, "8 passed"),
-        ({"torch": -9}, 1, "8 passed, 1 error"),  # killed before it wrote its counts
+        ({}, 0, "12 passed"),
+        ({"flax": 1}, 1, "1 failed, 11 passed"),
+        ({"tf": run_tests.NO_TESTS}, 0, "10 passed"),
+        ({"torch": -9}, 1, "10 passed, 1 error"),  # killed before it wrote its counts
         (dict.fromkeys(run_tests.PARTS, run_tests.NO_TESTS), 1, "no tests ran"),
     ],
     ids=["all pass", "one fails", "one is empty", "one is killed", "all are empty"],

@@ -10,7 +10,19 @@ import typer.core
 import typer.main
 
 # Modules of this package, each with an `app`, in the order of `monoblock --help`.
-COMMANDS = ("generate", "chat", "embed", "search", "attention", "info", "convert", "quantize", "bench", "env")
+COMMANDS = (
+    "generate",
+    "chat",
+    "embed",
+    "search",
+    "attention",
+    "info",
+    "convert",
+    "quantize",
+    "serve",
+    "bench",
+    "env",
+)
 
 # Plain help instead of rich panels: twice as fast, and the same in a pipe.
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}

@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API over engines, embedding models and classifiers."""
