@@ -255,3 +255,28 @@ class ModuleRunner(_Images):
     def drop(self, key: int) -> None:
         """Free the sequence's cache."""
         self._caches.pop(key, None)
+
+
+def attention_weights(model: Any, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+    """The attention weights of the last of these tokens, float32 [layers, heads, tokens]; 0 for keys outside a layer's
+    window."""
+    device = model.device
+    tokens = torch.tensor([list(ids)], device=device)
+    cache = DynamicCache(config=model.spec)
+    found = np.zeros((model.spec.layers, model.spec.attention.heads, len(ids)), np.float32)
+    with torch.inference_mode():
+        # The weights of all tokens would take the square of the memory, so the others go first, without theirs.
+        if len(ids) > 1:
+            model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(
+            input_ids=tokens[:, -1:],
+            past_key_values=cache,
+            use_cache=True,
+            output_attentions=True,
+            return_dict=True,
+        )
+    for layer, attended in enumerate(out.attentions):
+        row = attended[0, :, -1].float().cpu().numpy()
+        kept = min(row.shape[-1], len(ids))
+        found[layer, :, len(ids) - kept :] = row[:, row.shape[-1] - kept :]
+    return found
