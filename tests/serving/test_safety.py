@@ -149,6 +149,8 @@ def test_cors(server: LiveServer) -> None:
     with live(None, cors_origins=("https://a.example",), api_key="k") as running:
         answer = running.http.options("/v1/completions", headers=asked)
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        refused = running.http.get("/v1/models", headers={"Origin": "https://a.example"})
+        assert refused.status_code == 401 and "access-control-allow-origin" in refused.headers
         other = {**asked, "Origin": "https://b.example"}
         assert (
             "access-control-allow-origin"

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from monoblock import native
-from monoblock.auto import AutoModelForCausalLM
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.cache import DynamicCache
 from monoblock.backends.pytorch.kernels import dispatch
@@ -38,16 +37,11 @@ from monoblock.spec import ArchSpec, Learned, Rotary
 FREE_SHARE = 4  # by default the cache takes a quarter of the available memory
 
 
-def load(path: str, device: str, arguments: dict[str, Any], adapter: str | None) -> Any:
-    """The causal language model of a folder or a name, with a LoRA adapter if one is named. ValueError: as
-    `from_pretrained`."""
+def placement(device: str) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that put a model on a device; "auto": a GPU if there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    placed = {} if device == "cpu" else {"device_map": device}
-    model = AutoModelForCausalLM.from_pretrained(path, **arguments, **placed)
-    if adapter is not None:
-        model.load_adapter(adapter)
-    return model.eval()
+    return {} if device == "cpu" else {"device_map": device}
 
 
 def runner(model: Any, cache_memory: int | None, max_length: int | None = None) -> BatchRunner:

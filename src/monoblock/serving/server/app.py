@@ -63,7 +63,7 @@ PAGE = "monoblock.serving.page"
 
 
 class ServerApp:
-    """An ASGI application with its state; `guard` is what uvicorn calls."""
+    """An ASGI application with its state."""
 
     def __init__(self, entries: Iterable[ModelEntry], settings: ServerSettings | None = None) -> None:
         settings = settings or ServerSettings()
@@ -72,20 +72,20 @@ class ServerApp:
         self.api = FastAPI(title="monoblock", docs_url=None, redoc_url=None, lifespan=self._lifespan)
         self.api.state.server = self.state
         self._add_routes()
-        inner: Any = self.api
-        if settings.cors_origins:
-            inner = CORSMiddleware(
-                inner,
+        paths = frozenset(getattr(route, "path", "") for route in self.api.routes)
+        self.guard = RequestGuard(self.api, self.state, paths)
+        self._entry: Any = self.guard
+        if settings.cors_origins:  # outermost, so that pages of these origins can read errors too
+            self._entry = CORSMiddleware(
+                self.guard,
                 allow_origins=list(settings.cors_origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=["Authorization", "Content-Type"],
             )
-        paths = frozenset(getattr(route, "path", "") for route in self.api.routes)
-        self.guard = RequestGuard(inner, self.state, paths)
         self.failed: BaseException | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self.guard(scope, receive, send)
+        await self._entry(scope, receive, send)
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncGenerator[None]:

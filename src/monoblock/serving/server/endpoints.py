@@ -176,7 +176,9 @@ CHAT = Endpoint(
             "messages", Annotated[list[ChatMessage], Field(min_length=1)], "the conversation", required=True
         ),
         honoured(
-            "max_completion_tokens", Positive, "new tokens at most; default: as many as fit in the context"
+            "max_completion_tokens",
+            Positive,
+            "new tokens at most; default: the model's `max_new_tokens`, else as many as fit in the context",
         ),
         honoured("max_tokens", Positive, "the older name of `max_completion_tokens`"),
         honoured("n", Choices, "number of choices", 1),
@@ -265,7 +267,11 @@ RESPONSES = Endpoint(
             required=True,
         ),
         honoured("instructions", str, "a system message before the input"),
-        honoured("max_output_tokens", Positive, "new tokens at most; default: as many as fit in the context"),
+        honoured(
+            "max_output_tokens",
+            Positive,
+            "new tokens at most; default: the model's `max_new_tokens`, else as many as fit in the context",
+        ),
         honoured("temperature", Annotated[float, Field(ge=0, le=2)], "as in /v1/chat/completions"),
         honoured("top_p", Share, "as in /v1/chat/completions"),
         honoured(

@@ -15,6 +15,8 @@ from monoblock.serving.server.prompts import TemplateOptions, chat_prompt, encod
 from monoblock.serving.server.service import ServerState, check_count, state_of
 from monoblock.serving.server.threads import in_thread, while_connected
 
+LONG = 2**18  # characters of a text
+
 
 async def tokenize(request: Request) -> Response:
     """The token ids of a text or a conversation."""
@@ -25,13 +27,18 @@ async def tokenize(request: Request) -> Response:
 
     async def work() -> dict[str, Any]:
         async with state.registry.use(body.model) as model:
-            ids = await in_thread(_ids, body, model, state, slow=body.chat_template is not None)
+            ids = await in_thread(_ids, body, model, state, slow=_slow(body))
             answer: dict[str, Any] = {"count": len(ids), "max_model_len": model.max_length, "tokens": ids}
             if body.return_token_strs:
                 answer["token_strs"] = model.tokenizer.convert_ids_to_tokens(ids)
             return answer
 
     return json_answer(await while_connected(request, work()))
+
+
+def _slow(body: Any) -> bool:
+    """Whether tokenising may take seconds."""
+    return body.chat_template is not None or len(body.prompt or "") > LONG
 
 
 def _ids(body: Any, model: Any, state: ServerState) -> list[int]:

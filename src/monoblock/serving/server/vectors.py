@@ -21,6 +21,7 @@ from monoblock.serving.server.models import Row, ScoreModel, VectorModel
 from monoblock.serving.server.service import ServerState, check_count, state_of
 from monoblock.serving.server.threads import in_thread, while_connected
 
+LONG = 2**20  # characters, which take about a second to tokenise
 QUERY, DOCUMENTS = ("query",), ("document", "passage", "corpus")  # names of prompts
 
 
@@ -58,7 +59,8 @@ async def _embedded(body: Any, model: VectorModel, name: str, state: ServerState
     prompt = _prompt(model, body.prompt_name)
     if isinstance(texts[0], str):
         prompted = [prompt + text for text in texts]
-        rows = await in_thread(model.rows, prompted, body.truncate_prompt_tokens, "input")
+        slow = sum(map(len, prompted)) > LONG
+        rows = await in_thread(model.rows, prompted, body.truncate_prompt_tokens, "input", slow=slow)
     elif body.prompt_name is not None:
         raise ApiError(
             "prompt_name is for texts, not for token ids", param="prompt_name", code="invalid_value"
