@@ -337,6 +337,64 @@ def test_the_theme_follows_the_system_and_the_switch(page: Page) -> None:
     assert brightness(page) > 200
 
 
+CONTRAST = """
+const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+const rgba = (colour) => {
+  canvas.clearRect(0, 0, 1, 1);
+  canvas.fillStyle = colour;
+  canvas.fillRect(0, 0, 1, 1);
+  return canvas.getImageData(0, 0, 1, 1).data;
+};
+const luminance = (rgb) => {
+  const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  const [r, g, b] = [0, 1, 2].map((i) => linear(rgb[i] / 255));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const behind = (e) => {
+  for (; e; e = e.parentElement) {
+    const colour = rgba(getComputedStyle(e).backgroundColor);
+    if (colour[3] === 255) return colour;
+  }
+  return [255, 255, 255];
+};
+return [...document.querySelectorAll("*")]
+  .filter((e) => e.checkVisibility() && !e.closest(".hidden, .skip, noscript, :disabled"))
+  .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+  .map((e) => {
+    const [a, b] = [rgba(getComputedStyle(e).color), behind(e)].map(luminance).sort().reverse();
+    return [(a + 0.05) / (b + 0.05), `${e.className} ${e.textContent.slice(0, 40)}`];
+  });
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_has_contrast(page: Page, theme: str) -> None:
+    """At least 4.5 to 1, WCAG's level AA."""
+    browser.prefer(page.driver, theme)
+    code = '```python\n# comment\ndef f(x): return "text" + 12\n```\n\n> quoted\n\n`code` [link](https://example.org)'
+    page.server.replies["all"] = f"{code}\n\n| a | b |\n|---|---|\n| 1 | 2 |"
+    page.server.errors["bad"] = (400, "no", {})
+    page.send("all")
+    page.send("bad")
+    kinds = page.script("return [...document.querySelectorAll('.code span')].map((e) => e.className)")
+    assert {"comment", "keyword", "string", "number", "call"} <= set(kinds)
+    page.tool("retry", 1)
+    page.until(page.idle)
+    found = page.script(CONTRAST)
+    page.one("#open-settings").click()
+    page.fill("#parameter-seed", "x")
+    found += page.script(CONTRAST)
+    page.keys("\ue00c")
+    page.tool("attention", 1)
+    page.until(lambda: page.all(".token"))
+    found += page.script(CONTRAST)
+    page.one(".token[data-index='1']").click()
+    page.until(lambda: page.all(".token.later"))
+    found += page.script(CONTRAST)
+    assert len(found) > 60
+    assert [entry for entry in found if entry[0] < 4.5] == []
+
+
 def test_everything_works_with_the_keyboard_alone(page: Page) -> None:
     enter, tab, escape, control, space = "\ue007", "\ue004", "\ue00c", "\ue009", " "
     assert page.focused() == "prompt", "the message field has the focus at the start"

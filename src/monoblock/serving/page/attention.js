@@ -91,7 +91,6 @@ export class AttentionView {
         else {
           const share = index < from ? 0 : Math.min(1, weight / most);
           token.style.setProperty("--share", share.toFixed(3));
-          if (share > 0.55) token.classList.add("strong");
         }
         const words = weight === undefined ? "comes later" : `weight ${weight.toFixed(4)}`;
         token.setAttribute("aria-label", `${label}, ${words}`);
