@@ -324,6 +324,20 @@ def test_vectors_are_those_of_sentence_transformer(folder: Path) -> None:
     assert llm.embed([]) == []
 
 
+def test_the_task_can_be_another_one(tools: LLM) -> None:
+    """The last token's hidden state of a model that generates text."""
+    llm = LLM(device="cpu", dtype="float32", task="embed", max_model_len=4)
+    [output] = llm.embed("def add(a, b): return a + b")
+    own = monoblock.SentenceTransformer(str(monoblock.demo.path()), device="cpu", dtype="float32")
+    own.max_seq_length = 4
+    assert np.array_equal(output.outputs.embedding, own.encode("def add(a, b): return a + b"))
+    assert len(output.prompt_token_ids) == 4
+    with pytest.raises(ValueError, match="not a loaded model"):
+        LLM(tools._engine.model, task="embed").embed("a")
+    with pytest.raises(ValueError, match="adapter is for models that generate"):
+        LLM(task="embed", adapter="x")
+
+
 def test_labels_are_those_of_the_pipeline(folder: Path) -> None:
     source = server_models.score_model(folder / "labels", 3)
     llm = LLM(source, device="cpu")

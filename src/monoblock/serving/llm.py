@@ -320,7 +320,8 @@ class LLM:
         """The `SentenceTransformer` or `CrossEncoder`."""
         import monoblock
 
-        if not isinstance(self.model, str | Path):
+        source = monoblock.demo.path() if self.model is None else self.model
+        if not isinstance(source, str | Path):
             raise ValueError(f"the task {self.task!r} needs a folder or a name, not a loaded model")
         hub = dict(self._hub)
         if unknown := hub.keys() - {"revision", "token", "local_files_only", "cache_dir"}:
@@ -330,7 +331,7 @@ class LLM:
         make = monoblock.SentenceTransformer if self.task == "embed" else monoblock.CrossEncoder
         device = self._loading["device"]
         loaded: Any = make(
-            str(self.model),
+            str(source),
             device=None if device == "auto" else device,
             dtype=self._loading["dtype"],
             quantization_config=self._loading["quantization"],
