@@ -22,7 +22,7 @@ INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monobl
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types test-core test-all test-ecosystem docs clean
+.PHONY: help demo test lint format types test-core test-all test-page test-ecosystem docs clean
 .PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server sanitize test-oldest wheel mutate
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
@@ -59,6 +59,10 @@ test-core: $(CORE_VENV)/.installed ## the core's tests where no framework is ins
 test-all: $(VENV)/.installed-test ## every test
 	@echo "== every test"
 	@$(VENV)/bin/python tools/run_tests.py
+
+test-page: $(VENV)/.installed-test ## the server's page in headless Chromium (Debian's chromium and chromium-driver)
+	@echo "== the page in a browser"
+	@MONOBLOCK_TEST_BROWSER=1 $(VENV)/bin/python -m pytest tests/serving/test_page.py
 
 test-ecosystem: $(ECOSYSTEM_VENV)/.installed ## models with peft, trl, accelerate, ... (not in `test`)
 	@echo "== packages that use models: peft, trl, accelerate, ..."

@@ -1,4 +1,4 @@
-"""A module with the fields of peft's LoRA layer, in its place."""
+"""A stand-in for peft's LoRA layer: a module with its fields."""
 
 from __future__ import annotations
 

@@ -63,6 +63,7 @@ API = {
     ),
     "pipelines": ("Pipelines", ["monoblock.pipelines"]),
     "embeddings": ("Sentence embeddings", ["monoblock.embeddings"]),
+    "serving": ("Serving", ["monoblock.serving"]),
     "outputs": ("Outputs", ["monoblock.outputs"]),
     "errors": ("Errors", ["monoblock.errors"]),
 }
@@ -119,6 +120,20 @@ FURTHER = {
             )
         ),
         *(f"monoblock.util.{name}" for name in EMBEDDING_FUNCTIONS),
+    ],
+    "serving": [
+        f"monoblock.serving.outputs.{name}"
+        for name in (
+            "RequestOutput",
+            "CompletionOutput",
+            "Logprob",
+            "EmbeddingRequestOutput",
+            "EmbeddingOutput",
+            "ClassificationRequestOutput",
+            "ClassificationOutput",
+            "ScoringRequestOutput",
+            "ScoringOutput",
+        )
     ],
     "outputs": [f"monoblock.outputs.{name}" for name in OUTPUTS],
     "tools": [

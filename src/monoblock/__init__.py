@@ -54,6 +54,8 @@ _HOME: dict[str, str] = {
     "CrossEncoder": "monoblock.embeddings",
     "SentenceTransformer": "monoblock.embeddings",
     "set_seed": "monoblock.seeds",
+    "LLM": "monoblock.serving.llm",
+    "SamplingParams": "monoblock.serving.engine.params",
     "CheckpointError": "monoblock.errors",
     "HubError": "monoblock.errors",
     "MissingKeys": "monoblock.errors",

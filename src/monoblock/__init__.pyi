@@ -187,6 +187,12 @@ from monoblock.quantization import (
 from monoblock.seeds import (
     set_seed as set_seed,
 )
+from monoblock.serving.engine.params import (
+    SamplingParams as SamplingParams,
+)
+from monoblock.serving.llm import (
+    LLM as LLM,
+)
 from monoblock.tokenization import (
     AutoTokenizer as AutoTokenizer,
     BatchEncoding as BatchEncoding,

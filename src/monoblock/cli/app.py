@@ -20,6 +20,7 @@ COMMANDS = (
     "convert",
     "quantize",
     "serve",
+    "batch",
     "bench",
     "env",
 )

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +14,7 @@ from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.encoder import EncoderOptions, PromptOptions
 from monoblock.cli.options import DownloadOptions
+from monoblock.cli.progress import progress
 
 if TYPE_CHECKING:
     from monoblock.cli.encoder import Encoder
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 app = sub_app()
 
 CHUNK = 32  # batches between two entries of the journal
-_PAUSE = 10.0  # seconds between progress lines outside a terminal
 
 
 class InputFormat(StrEnum):
@@ -154,44 +151,8 @@ def _description(model: str, decisive: dict[str, Any], loaded: Encoder) -> dict[
 
 def _execute(run: EmbeddingRun, loaded: Encoder, chunk: int, description: dict[str, Any]) -> None:
     try:
-        with _progress(run.total, run.resumed) as progress:
-            run.execute(loaded.encode, chunk, description, progress, loaded.threads)
+        with progress(run.total, run.resumed, "texts") as show:
+            run.execute(loaded.encode, chunk, description, show, loaded.threads)
     except KeyboardInterrupt:
         console.note(f"interrupted: {run.count:,} texts are kept; the same command continues after them")
         raise
-
-
-@contextmanager
-def _progress(total: int | None, resumed: int) -> Iterator[Callable[[int], None]]:
-    """Report progress on stderr: a bar at a terminal, else a line every ten seconds."""
-    if not sys.stderr.isatty():
-        yield _lines(total, resumed)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        bar, begin = bars.add_task("", total=total, completed=resumed, speed=""), time.monotonic()
-
-        def show(done: int) -> None:
-            bars.update(bar, completed=done, speed=_speed(done - resumed, begin))
-
-        yield show
-
-
-def _lines(total: int | None, resumed: int) -> Callable[[int], None]:
-    begin = last = time.monotonic()
-
-    def show(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _PAUSE:
-            last = time.monotonic()
-            of = "" if total is None else f" of {total:,}"
-            console.note(f"{done:,}{of} texts, {_speed(done - resumed, begin)}")
-
-    return show
-
-
-def _speed(count: int, begin: float) -> str:
-    return f"{count / max(time.monotonic() - begin, 1e-9):,.0f} texts/s"

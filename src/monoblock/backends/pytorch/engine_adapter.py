@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from monoblock import native
-from monoblock.auto import AutoModelForCausalLM
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.cache import DynamicCache
 from monoblock.backends.pytorch.kernels import dispatch
@@ -38,16 +37,11 @@ from monoblock.spec import ArchSpec, Learned, Rotary
 FREE_SHARE = 4  # by default the cache takes a quarter of the available memory
 
 
-def load(path: str, device: str, arguments: dict[str, Any], adapter: str | None) -> Any:
-    """The causal language model of a folder or a name, with a LoRA adapter if one is named. ValueError: as
-    `from_pretrained`."""
+def placement(device: str) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that put a model on a device; "auto": a GPU if there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    placed = {} if device == "cpu" else {"device_map": device}
-    model = AutoModelForCausalLM.from_pretrained(path, **arguments, **placed)
-    if adapter is not None:
-        model.load_adapter(adapter)
-    return model.eval()
+    return {} if device == "cpu" else {"device_map": device}
 
 
 def runner(model: Any, cache_memory: int | None, max_length: int | None = None) -> BatchRunner:
@@ -261,3 +255,28 @@ class ModuleRunner(_Images):
     def drop(self, key: int) -> None:
         """Free the sequence's cache."""
         self._caches.pop(key, None)
+
+
+def attention_weights(model: Any, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+    """The attention weights of the last of these tokens, float32 [layers, heads, tokens]; 0 for keys outside a layer's
+    window."""
+    device = model.device
+    tokens = torch.tensor([list(ids)], device=device)
+    cache = DynamicCache(config=model.spec)
+    found = np.zeros((model.spec.layers, model.spec.attention.heads, len(ids)), np.float32)
+    with torch.inference_mode():
+        # The weights of all tokens would take the square of the memory, so the others go first, without theirs.
+        if len(ids) > 1:
+            model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(
+            input_ids=tokens[:, -1:],
+            past_key_values=cache,
+            use_cache=True,
+            output_attentions=True,
+            return_dict=True,
+        )
+    for layer, attended in enumerate(out.attentions):
+        row = attended[0, :, -1].float().cpu().numpy()
+        kept = min(row.shape[-1], len(ids))
+        found[layer, :, len(ids) - kept :] = row[:, row.shape[-1] - kept :]
+    return found

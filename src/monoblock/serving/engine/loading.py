@@ -42,8 +42,10 @@ def load_engine(
     if quantize is not None:
         arguments["quantization_config"] = quantize
     tokenizer: Any = monoblock.AutoTokenizer.from_pretrained(path, **where)
-    adapted = framework.engine_adapter
-    loaded = adapted.load(path, device, arguments, adapter)
+    arguments |= framework.engine_adapter.placement(device)
+    loaded: Any = monoblock.AutoModelForCausalLM.from_pretrained(path, **arguments)
+    if adapter is not None:
+        loaded.load_adapter(adapter)
     return make_engine(
         loaded, tokenizer, options=options, name=name or model, processor=_processor(loaded, path, where)
     )

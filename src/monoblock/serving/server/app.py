@@ -34,6 +34,7 @@ from monoblock.serving.server.errors import ApiError
 from monoblock.serving.server.fields import Endpoint
 from monoblock.serving.server.guard import RequestGuard, as_api_error
 from monoblock.serving.server.metrics import ServerMetrics
+from monoblock.serving.server.models import TextModel
 from monoblock.serving.server.registry import ModelEntry, ModelRegistry
 from monoblock.serving.server.responses import responses
 from monoblock.serving.server.service import ServerState, state_of
@@ -253,6 +254,8 @@ def _described(entry: ModelEntry) -> dict[str, Any]:
         "kind": entry.kind.value,
         "state": entry.state,
         "max_model_len": None if loaded is None else loaded.max_length,
+        # Whether it has one: the page continues plain text without; null before it is loaded.
+        "chat_template": loaded.template is not None if isinstance(loaded, TextModel) else None,
         "adapter": entry.adapter is not None,
     }
 
