@@ -221,6 +221,22 @@ def test_the_time_of_a_request_is_limited() -> None:
         assert last["error"]["code"] == "request_timeout"
 
 
+def test_the_time_of_a_batch_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import server_models
+
+    from monoblock.serving.server.models import VectorModel
+
+    go = threading.Event()
+    compute = VectorModel._vectors
+    monkeypatch.setattr(
+        VectorModel, "_vectors", lambda self, rows, key: go.wait(60) and compute(self, rows, key)
+    )
+    with live(server_models.vector_model(tmp_path), limits=Limits(request_seconds=2)) as running:
+        assert running.error("/v1/embeddings", 408, input="the cat")["code"] == "request_timeout"
+        go.set()
+        assert running.post("/v1/embeddings", input="the cat").status_code == 200
+
+
 def test_new_tokens_are_limited() -> None:
     with live(None, limits=Limits(new_tokens=5)) as running:
         assert running.error("/v1/completions", **{**PROMPT, "max_tokens": 6})["param"] == "max_tokens"

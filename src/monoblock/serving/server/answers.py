@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from monoblock.serving.server.errors import ApiError
+from monoblock.serving.server.errors import ApiError, timed_out
 from monoblock.serving.server.generating import AnswerRun
 from monoblock.serving.server.kinds import ModelKind
 from monoblock.serving.server.models import TextModel
@@ -21,6 +22,17 @@ from monoblock.serving.server.threads import while_connected
 def json_answer(content: Any, status: int = 200) -> Response:
     """A JSON body."""
     return Response(dumped(content).encode(), status, media_type="application/json")
+
+
+async def timed_answer(request: Request, state: ServerState, work: Coroutine[Any, Any, Any]) -> Response:
+    """The JSON answer that a coroutine computes. It is cancelled when the client leaves, or when the time of a request
+    is up (ApiError 408)."""
+    seconds = state.settings.limits.request_seconds
+    try:
+        async with asyncio.timeout(seconds):
+            return json_answer(await while_connected(request, work))
+    except TimeoutError:
+        raise timed_out(seconds) from None
 
 
 def error_answer(error: ApiError) -> Response:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from monoblock.serving.engine.params import SamplingParams
 from monoblock.serving.engine.results import Completion
 from monoblock.serving.server import choices
-from monoblock.serving.server.answers import json_answer, stream_while_used
+from monoblock.serving.server.answers import stream_while_used, timed_answer
 from monoblock.serving.server.endpoints import CHAT
 from monoblock.serving.server.errors import ApiError
 from monoblock.serving.server.generating import AnswerRun
@@ -23,7 +23,7 @@ from monoblock.serving.server.sampling import room, sampling_params
 from monoblock.serving.server.schemas import check_grammar, check_schema, engine_format
 from monoblock.serving.server.service import ServerState, check_count, state_of
 from monoblock.serving.server.streaming import event
-from monoblock.serving.server.threads import in_thread, while_connected
+from monoblock.serving.server.threads import in_thread
 from monoblock.serving.server.tools import ToolCall, ToolParser, forced_schema, offered
 
 
@@ -211,7 +211,7 @@ async def chat_completions(request: Request) -> Response:
             job = await prepare(body, task, model, name, state)
             return await _whole(body, job, state)
 
-    return json_answer(await while_connected(request, work()))
+    return await timed_answer(request, state, work())
 
 
 def _frame(name: str, kind: str) -> dict[str, Any]:

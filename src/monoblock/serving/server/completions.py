@@ -12,7 +12,7 @@ from starlette.responses import Response
 from monoblock.serving.engine.params import SamplingParams
 from monoblock.serving.engine.results import Completion, TokenLogprob
 from monoblock.serving.server import choices
-from monoblock.serving.server.answers import json_answer, stream_while_used
+from monoblock.serving.server.answers import stream_while_used, timed_answer
 from monoblock.serving.server.endpoints import COMPLETIONS
 from monoblock.serving.server.errors import ApiError
 from monoblock.serving.server.generating import AnswerRun
@@ -23,7 +23,7 @@ from monoblock.serving.server.sampling import room, sampling_params
 from monoblock.serving.server.schemas import check_grammar, engine_format
 from monoblock.serving.server.service import ServerState, check_count, state_of
 from monoblock.serving.server.streaming import event
-from monoblock.serving.server.threads import in_thread, while_connected
+from monoblock.serving.server.threads import in_thread
 
 
 @dataclass
@@ -153,7 +153,7 @@ async def completions(request: Request) -> Response:
         async with state.registry.use(body.model, ModelKind.GENERATE) as model:
             return await _whole(await _prepare(body, model, name, state), state)
 
-    return json_answer(await while_connected(request, work()))
+    return await timed_answer(request, state, work())
 
 
 async def _whole(job: CompletionJob, state: ServerState) -> dict[str, Any]:

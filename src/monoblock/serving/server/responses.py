@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from monoblock.serving.engine.results import Completion
 from monoblock.serving.server import choices
-from monoblock.serving.server.answers import json_answer, stream_while_used
+from monoblock.serving.server.answers import stream_while_used, timed_answer
 from monoblock.serving.server.chat import ChatJob, ChatTask, prepare
 from monoblock.serving.server.content import (
     CalledFunction,
@@ -27,7 +27,6 @@ from monoblock.serving.server.kinds import ModelKind
 from monoblock.serving.server.models import TextModel
 from monoblock.serving.server.service import ServerState, state_of
 from monoblock.serving.server.streaming import event
-from monoblock.serving.server.threads import while_connected
 from monoblock.serving.server.tools import ToolCall
 
 LOGPROBS = "message.output_text.logprobs"
@@ -55,7 +54,7 @@ async def responses(request: Request) -> Response:
             [[sequence]] = await run.completions()
             return _whole(body, job, run, sequence)
 
-    return json_answer(await while_connected(request, work()))
+    return await timed_answer(request, state, work())
 
 
 def _task(body: Any) -> ChatTask:

@@ -7,13 +7,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from monoblock.serving.server.answers import json_answer
+from monoblock.serving.server.answers import timed_answer
 from monoblock.serving.server.endpoints import DETOKENIZE, TOKENIZE
 from monoblock.serving.server.errors import ApiError
 from monoblock.serving.server.models import TextModel
 from monoblock.serving.server.prompts import TemplateOptions, chat_prompt, encoded
 from monoblock.serving.server.service import ServerState, check_count, state_of
-from monoblock.serving.server.threads import in_thread, while_connected
+from monoblock.serving.server.threads import in_thread
 
 LONG = 2**18  # characters of a text
 
@@ -33,7 +33,7 @@ async def tokenize(request: Request) -> Response:
                 answer["token_strs"] = model.tokenizer.convert_ids_to_tokens(ids)
             return answer
 
-    return json_answer(await while_connected(request, work()))
+    return await timed_answer(request, state, work())
 
 
 def _slow(body: Any) -> bool:
@@ -87,4 +87,4 @@ async def detokenize(request: Request) -> Response:
             )
             return {"prompt": text}
 
-    return json_answer(await while_connected(request, work()))
+    return await timed_answer(request, state, work())

@@ -13,13 +13,13 @@ from starlette.responses import Response
 from monoblock.embeddings.arrays import HOST
 from monoblock.embeddings.similarity import all_pairs
 from monoblock.serving.server import choices
-from monoblock.serving.server.answers import json_answer
+from monoblock.serving.server.answers import timed_answer
 from monoblock.serving.server.endpoints import CLASSIFY, EMBEDDINGS, RERANK
 from monoblock.serving.server.errors import ApiError
 from monoblock.serving.server.kinds import ModelKind
 from monoblock.serving.server.models import Row, ScoreModel, VectorModel
 from monoblock.serving.server.service import ServerState, check_count, state_of
-from monoblock.serving.server.threads import in_thread, while_connected
+from monoblock.serving.server.threads import in_thread
 
 LONG = 2**20  # characters, which take about a second to tokenise
 QUERY, DOCUMENTS = ("query",), ("document", "passage", "corpus")  # names of prompts
@@ -42,7 +42,7 @@ async def embeddings(request: Request) -> Response:
         async with state.registry.use(body.model, ModelKind.EMBED) as model:
             return await _embedded(body, model, state.registry.find(body.model).name, state)
 
-    return json_answer(await while_connected(request, work()))
+    return await timed_answer(request, state, work())
 
 
 async def _embedded(body: Any, model: VectorModel, name: str, state: ServerState) -> dict[str, Any]:
@@ -112,7 +112,7 @@ async def rerank(request: Request) -> Response:
                 scores, tokens = await _pair_scores(body, model)
             return _ranked(body, state.registry.find(body.model).name, scores, tokens)
 
-    return json_answer(await while_connected(request, work()))
+    return await timed_answer(request, state, work())
 
 
 async def _pair_scores(body: Any, model: ScoreModel) -> tuple[np.ndarray, int]:
@@ -137,7 +137,7 @@ async def _similarities(body: Any, model: VectorModel) -> tuple[np.ndarray, int]
     found: list[np.ndarray] = []
     count = 0
     for texts, names, param in (([body.query], QUERY, "query"), (body.documents, DOCUMENTS, "documents")):
-        prompt = _prompt(model, next((name for name in names if prompts.get(name)), None))
+        prompt = _prompt(model, next((name for name in names if name in prompts), None))
         rows = await in_thread(model.rows, [prompt + text for text in texts], cut, param)
         found.append(np.asarray(await model.batcher.submit(rows, _tokens(rows), prompt), np.float32))
         count += _tokens(rows)
@@ -192,7 +192,7 @@ async def classify(request: Request) -> Response:
                 "usage": {**_usage(_tokens(rows)), "completion_tokens": 0},
             }
 
-    return json_answer(await while_connected(request, work()))
+    return await timed_answer(request, state, work())
 
 
 def _need_tokens(rows: Sequence[Row], param: str) -> None:
