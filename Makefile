@@ -23,7 +23,7 @@ PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-page test-ecosystem docs clean
-.PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server sanitize test-oldest wheel mutate
+.PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest wheel mutate
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
 # The steps of `test` use all cores, and pytest's summary is printed last.
@@ -95,6 +95,9 @@ fuzz: fuzz-readers fuzz-saves fuzz-server ## fuzzed files and requests, and kill
 
 fuzz-server: $(VENV)/.installed-test ## 20,000 fuzzed requests to a server (minutes; `test` takes a sample)
 	@MONOBLOCK_FUZZ_REQUESTS=20000 $(VENV)/bin/python -m pytest -s tests/serving/test_fuzz_server.py
+
+soak: $(VENV)/.installed-test ## 10,000 requests to a server with random disconnects, then SIGTERM under load (minutes)
+	@MONOBLOCK_SOAK_REQUESTS=10000 $(VENV)/bin/python -m pytest -s tests/serving/test_soak.py
 
 fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`test` takes a sample)
 	@for part in core/test_transaction torch/test_saves_torch flax/test_saves_flax tf/test_saves_tf; do \

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ def _checked(source: Path, results: BatchResults, options: str) -> int:
 
 
 @asynccontextmanager
-async def _loaded(app: ServerApp) -> AsyncIterator[None]:
+async def _loaded(app: ServerApp) -> AsyncGenerator[None]:
     """The app with all of its models loaded; the error of one that cannot be."""
     registry = app.state.registry
     try:

@@ -86,7 +86,7 @@ def _image(data: Any, index: int) -> Any:
         return None
     if not isinstance(data, Mapping) or set(cast("Mapping[str, Any]", data)) != {"image"}:
         raise ValueError(f"prompts[{index}]['multi_modal_data'] must be {{'image': ...}}, got {brief(data)}")
-    image: Any = data["image"]
+    image = cast("Mapping[str, Any]", data)["image"]
     if isinstance(image, list | tuple):
         images = cast("Sequence[Any]", image)
         if len(images) != 1:

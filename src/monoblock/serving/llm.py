@@ -462,11 +462,16 @@ def _terminal() -> bool:
     return Console(stderr=True).is_terminal
 
 
+def _nothing(count: int, new: int) -> None:
+    """Shows no progress."""
+    del count, new
+
+
 @contextmanager
 def _bar(total: int, wanted: bool, what: str) -> Generator[Callable[[int, int], None]]:
     """A progress bar on stderr. The function takes a number of finished inputs and of their tokens."""
     if not wanted or total < 2 or not _terminal():
-        yield lambda *_: None
+        yield _nothing
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -154,10 +154,10 @@ class NativeRunner(_Images):
         self._run = native.library().mb_paged_step
         bf16 = common_dtype(model) == torch.bfloat16
         size = block_bytes(self.spec, 1) * blocks
-        # Zeros of the operating system: a page takes memory when it is first written.
-        self._cache = torch.zeros(size, dtype=torch.bfloat16 if bf16 else torch.float32)
+        # NumPy's zeros, unlike PyTorch's, are pages of the system, which take memory when they are first written.
+        self._cache = np.zeros(size, np.uint16 if bf16 else np.float32)
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._call = PagedStep(cache=self._cache.data_ptr(), blocks=blocks, cache_bf16=bf16)
+        self._call = PagedStep(cache=self._cache.ctypes.data, blocks=blocks, cache_bf16=bf16)
         learned = self.spec.position(Learned)
         self._offset = learned.offset if learned else 0
 
