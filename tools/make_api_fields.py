@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from monoblock.serving.server.app import DOCUMENTED
 from monoblock.serving.server.docs_page import field_kind
-from monoblock.serving.server.endpoints import ENDPOINTS
 from monoblock.serving.server.fields import ApiField, Endpoint, Status
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "api-fields.md"
@@ -16,8 +16,8 @@ harms nobody, or *refused* by name: status 400 with OpenAI's error object, whose
 field that is not in the table is refused too. `null` is the same as the field's absence. A refused field is
 accepted with a value that asks for nothing, which its row names.
 
-`tools/make_api_fields.py` writes this page from the tables in `src/monoblock/serving/server/endpoints.py`;
-tests send each field to a server.
+`tools/make_api_fields.py` writes this page from the tables in `src/monoblock/serving/server/endpoints.py` and
+`attention_view.py`; tests send each field to a server.
 """
 
 
@@ -40,7 +40,7 @@ def row(endpoint: Endpoint, field: ApiField) -> str:
 def document() -> str:
     """The text of the page."""
     parts = [HEAD]
-    for endpoint in ENDPOINTS:
+    for endpoint in DOCUMENTED:
         parts += [
             f"\n## {endpoint.path}\n\n{endpoint.about}\n",
             "\n| field | type | status | effect, or reason |\n|---|---|---|---|\n",

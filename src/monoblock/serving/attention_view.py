@@ -7,14 +7,13 @@ from typing import Annotated, Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from monoblock.pipelines.frameworks import of_model
 from monoblock.serving.engine.async_engine import AsyncEngine
-from monoblock.serving.server.answers import json_answer
+from monoblock.serving.server.answers import timed_answer
 from monoblock.serving.server.content import ChatMessage
 from monoblock.serving.server.endpoints import MODEL
 from monoblock.serving.server.errors import ApiError
@@ -23,7 +22,7 @@ from monoblock.serving.server.kinds import ModelKind
 from monoblock.serving.server.models import TextModel
 from monoblock.serving.server.prompts import TemplateOptions, chat_prompt, encoded
 from monoblock.serving.server.service import ServerState, check_count, state_of
-from monoblock.serving.server.threads import in_thread, while_connected
+from monoblock.serving.server.threads import in_thread
 from monoblock.utils.labels import TokenLabels
 
 MOST_TOKENS = 512  # of a text; of a longer one, the last ones
@@ -50,23 +49,11 @@ ATTENTION = Endpoint(
     ),
 )
 
-router = APIRouter()
 _kept: WeakKeyDictionary[AsyncEngine, OrderedDict[tuple[int, ...], np.ndarray[Any, Any]]] = (
     WeakKeyDictionary()
 )
 
 
-@router.post(
-    ATTENTION.path,
-    summary=ATTENTION.about,
-    response_class=Response,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": ATTENTION.model.model_json_schema()}},
-        }
-    },
-)
 async def attention(request: Request) -> Response:
     """The tokens of the text, and the weight that the chosen one gives to each up to itself.
 
@@ -83,7 +70,7 @@ async def attention(request: Request) -> Response:
             name = state.registry.find(body.model).name
             return {"model": name, **await _answer(body, model, state)}
 
-    return json_answer(await while_connected(request, work()))
+    return await timed_answer(request, state, work())
 
 
 async def _answer(body: Any, model: TextModel, state: ServerState) -> dict[str, Any]:

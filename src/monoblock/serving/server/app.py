@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +14,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from monoblock.serving import page
+from monoblock.serving.attention_view import ATTENTION, attention
 from monoblock.serving.server import docs_page, metrics
 from monoblock.serving.server.answers import error_answer, json_answer
 from monoblock.serving.server.chat import chat_completions
@@ -25,7 +26,6 @@ from monoblock.serving.server.endpoints import (
     COMPLETIONS,
     DETOKENIZE,
     EMBEDDINGS,
-    ENDPOINTS,
     RERANK,
     RESPONSES,
     TOKENIZE,
@@ -54,12 +54,11 @@ POSTS: tuple[tuple[Endpoint, Handler], ...] = (
     (CLASSIFY, classify),
     (TOKENIZE, tokenize),
     (DETOKENIZE, detokenize),
+    (ATTENTION, attention),
 )
+DOCUMENTED = tuple(endpoint for endpoint, _ in POSTS)
 # Other names under which clients look for an endpoint.
 ALIASES = {"/v1/rerank": ("/rerank", "/v2/rerank"), "/classify": ("/v1/classify",)}
-# A module with a `router` of further endpoints, and the one with the page's files.
-ROUTERS = ("monoblock.serving.attention_view",)
-PAGE = "monoblock.serving.page"
 
 
 class ServerApp:
@@ -120,15 +119,12 @@ class ServerApp:
         ):
             api.add_api_route(path, handler, methods=["GET"], response_class=Response)
         api.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
-        page = docs_page.docs_html(ENDPOINTS)
+        text = docs_page.docs_html(DOCUMENTED)
 
         async def docs() -> Response:
-            return HTMLResponse(page, headers={"Content-Security-Policy": docs_page.POLICY})
+            return HTMLResponse(text, headers={"Content-Security-Policy": docs_page.POLICY})
 
         api.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
-        for name in ROUTERS:
-            if (module := _optional(name)) is not None:
-                api.include_router(module.router)
         _add_page(api)
         api.add_exception_handler(ApiError, _api_error)
         api.add_exception_handler(HTTPException, _http_error)
@@ -143,38 +139,20 @@ class ServerApp:
         api.openapi = openapi  # type: ignore[method-assign]
 
 
-def _optional(name: str) -> Any:
-    """A module of the package, or None where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        return None
-
-
 def _add_page(api: FastAPI) -> None:
     """The page at /, with its files below /page/."""
-    page = _optional(PAGE)
-    if page is None:
-
-        async def index() -> Response:
-            return Response(status_code=307, headers={"Location": "/docs"})
-
-        api.add_api_route("/", index, methods=["GET"], include_in_schema=False)
-        return
 
     async def root() -> Response:
-        return _page_answer(page, page.INDEX)
+        return _page_answer(page.INDEX)
 
     async def file(name: str) -> Response:
-        return _page_answer(page, name)
+        return _page_answer(name)
 
     api.add_api_route("/", root, methods=["GET"], include_in_schema=False)
     api.add_api_route("/page/{name}", file, methods=["GET"], include_in_schema=False)
 
 
-def _page_answer(page: Any, name: str) -> Response:
+def _page_answer(name: str) -> Response:
     try:
         found = page.page_file(name)
     except KeyError:
@@ -223,7 +201,7 @@ def _request_body(endpoint: Endpoint) -> dict[str, Any]:
 def _add_schemas(document: dict[str, Any]) -> None:
     """The schemas of all bodies."""
     _, found = models_json_schema(
-        [(endpoint.model, "validation") for endpoint in ENDPOINTS],
+        [(endpoint.model, "validation") for endpoint in DOCUMENTED],
         ref_template="#/components/schemas/{model}",
     )
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
