@@ -31,11 +31,7 @@ class Run {
     y = arena.take<float>(count * m.width);
     inner = arena.take<float>(count * (inner_stride = padded_stride(m.mlp_width * (m.gated ? 2 : 1))));
     cos = arena.take<float>(count * m.rotary_dim);
-    ranks = total_rank(m.head_adapters);
-    for (int64_t i = 0; i < m.layers; ++i)
-      for (const Adapters* adapters : {&m.blocks[i].qkv_adapters, &m.blocks[i].out_adapters, &m.blocks[i].up_adapters,
-                                       &m.blocks[i].down_adapters})
-        ranks = std::max(ranks, total_rank(*adapters));
+    ranks = largest_rank(m);
     low = arena.take<float>(count * ranks);
     divide_keys();
     parts = arena.take<float>(s.rows * m.kv_heads * key_chunks * part_size);
@@ -206,26 +202,11 @@ class Run {
     });
   }
 
-  // y += scale * B low for the outputs [first, last) of a matrix; `y` points to output 0.
-  void add_adapters(const Adapters& adapters, float* y, int64_t y_stride, int64_t first, int64_t last) const {
-    const float* x = low;
-    for (const LowRank* term = adapters.terms; term < adapters.terms + adapters.count; ++term) {
-      const int64_t rank = term->a.outputs, from = std::max(first, term->first);
-      const int64_t to = std::min(last, term->first + term->b.outputs);
-      typed(term->b.format == matrices::BF16, term->b.data, [&](auto* weight) {
-        for (int64_t o = from; o < to; ++o)
-          for (int64_t t = 0; t < count; ++t)
-            y[t * y_stride + o] += term->scale * dot(weight + (o - term->first) * rank, x + t * ranks, rank);
-      });
-      x += rank;
-    }
-  }
-
   // y = W x + adapters for the outputs [first, last), after `inputs_of`.
   void product(const Matrix& w, const Adapters& adapters, float* y, int64_t y_stride, int64_t first, int64_t last,
                Own& own) {
     multiply(w, own.prepared, count, y, y_stride, first, last);
-    add_adapters(adapters, y, y_stride, first, last);
+    add_low_rank(adapters, low, ranks, count, y, y_stride, first, last);
   }
 
   void linear(const Matrix& w, const Adapters& adapters, const float* from, int64_t step, float* to, int64_t to_stride,
@@ -355,17 +336,9 @@ class Run {
   char* mine;
 };
 
-// Returns 0 after a step; else the step was not run: -1 if a token id or a position is outside its table, or the bytes of
-// scratch that the step needs.
+// As `run_in_scratch`.
 inline int64_t step(const ModelWeights& model, const DecodeStep& step) {
-  Arena measure(nullptr);
-  const Run measured(model, step, measure);
-  if (measure.used + 64 > step.scratch_bytes) return measure.used + 64;
-  if (!measured.in_range()) return -1;
-  Arena arena((void*)round_up((int64_t)step.scratch, 64));
-  Run run(model, step, arena);
-  run.team.run(step.threads, [&](int thread) { run.run(thread); });
-  return 0;
+  return run_in_scratch<Run>(model, step);
 }
 
 }  // namespace decode

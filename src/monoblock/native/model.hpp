@@ -166,6 +166,46 @@ inline void add_row(const Matrix& m, int64_t index, float* y) {
   }
 }
 
+// The largest total rank of a matrix's adapters.
+inline int64_t largest_rank(const ModelWeights& m) {
+  int64_t rank = total_rank(m.head_adapters);
+  for (int64_t i = 0; i < m.layers; ++i)
+    for (const Adapters* adapters : {&m.blocks[i].qkv_adapters, &m.blocks[i].out_adapters, &m.blocks[i].up_adapters,
+                                     &m.blocks[i].down_adapters})
+      rank = std::max(rank, total_rank(*adapters));
+  return rank;
+}
+
+// y += scale * B low for the outputs [first, last) of a matrix; `y` points to output 0, and `low` (rows, ranks) holds A x of
+// all adapters, concatenated.
+inline void add_low_rank(const Adapters& adapters, const float* low, int64_t ranks, int64_t rows, float* y, int64_t y_stride,
+                         int64_t first, int64_t last) {
+  for (const LowRank* term = adapters.terms; term < adapters.terms + adapters.count; ++term) {
+    const int64_t rank = term->a.outputs, from = std::max(first, term->first);
+    const int64_t to = std::min(last, term->first + term->b.outputs);
+    typed(term->b.format == matrices::BF16, term->b.data, [&](auto* weight) {
+      for (int64_t o = from; o < to; ++o)
+        for (int64_t t = 0; t < rows; ++t)
+          y[t * y_stride + o] += term->scale * dot(weight + (o - term->first) * rank, low + t * ranks, rank);
+    });
+    low += rank;
+  }
+}
+
+// Runs a call by a class `Run`, whose threads are its `team`. Returns 0 after it; else it was not run: -1 if a number is
+// outside of its table (`in_range`), or the bytes of scratch that it needs.
+template <class Run, class Call>
+int64_t run_in_scratch(const ModelWeights& model, const Call& call) {
+  Arena measure(nullptr);
+  const Run measured(model, call, measure);
+  if (measure.used + 64 > call.scratch_bytes) return measure.used + 64;
+  if (!measured.in_range()) return -1;
+  Arena arena((void*)round_up((int64_t)call.scratch, 64));
+  Run run(model, call, arena);
+  run.team.run(call.threads, [&](int thread) { run.run(thread); });
+  return 0;
+}
+
 // How the queries, keys and values of a token lie in its row of qkv.
 struct HeadLayout {
   explicit HeadLayout(const ModelWeights& m)

@@ -260,17 +260,9 @@ class PackedRun {
   char *inputs, *own;
 };
 
-// Returns 0 after the pass; else it was not run: -1 if a token id or a position is outside its table, or the bytes of scratch
-// that the pass needs.
+// As `run_in_scratch`.
 inline int64_t forward(const ModelWeights& model, const PackedForward& call) {
-  Arena measure(nullptr);
-  const PackedRun measured(model, call, measure);
-  if (measure.used + 64 > call.scratch_bytes) return measure.used + 64;
-  if (!measured.in_range()) return -1;
-  Arena arena((void*)round_up((int64_t)call.scratch, 64));
-  PackedRun run(model, call, arena);
-  run.team.run(call.threads, [&](int thread) { run.run(thread); });
-  return 0;
+  return run_in_scratch<PackedRun>(model, call);
 }
 
 }  // namespace packed

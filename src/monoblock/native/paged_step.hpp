@@ -59,11 +59,7 @@ class PagedRun {
     angles = arena.take<float>(count * m.rotary_dim);
     most_inputs = std::max(std::max(m.width, m.mlp_width), inner_width);
     inputs = arena.take<char>(prepared_bytes(most_inputs, count));
-    ranks = total_rank(m.head_adapters);
-    for (int64_t i = 0; i < m.layers; ++i)
-      for (const Adapters* adapters : {&m.blocks[i].qkv_adapters, &m.blocks[i].out_adapters, &m.blocks[i].up_adapters,
-                                       &m.blocks[i].down_adapters})
-        ranks = std::max(ranks, total_rank(*adapters));
+    ranks = largest_rank(m);
     low = arena.take<float>(count * ranks);
     own = arena.take<char>(s.threads * own_bytes());
   }
@@ -174,18 +170,7 @@ class PagedRun {
   void multiplied(const Matrix& w, const Adapters& adapters, int64_t rows, float* to, int64_t to_stride, int64_t first,
                   int64_t last, Own& mine) {
     multiply_rows(w, mine.prepared, rows, to, to_stride, first, last);
-    for (int64_t t = 0; adapters.count && t < rows; ++t) {
-      const float* in = low + t * ranks;
-      for (const LowRank* term = adapters.terms; term < adapters.terms + adapters.count; ++term) {
-        const int64_t rank = term->a.outputs, from = std::max(first, term->first);
-        const int64_t to_output = std::min(last, term->first + term->b.outputs);
-        typed(term->b.format == matrices::BF16, term->b.data, [&](auto* weight) {
-          for (int64_t o = from; o < to_output; ++o)
-            to[t * to_stride + o] += term->scale * dot(weight + (o - term->first) * rank, in, rank);
-        });
-        in += rank;
-      }
-    }
+    add_low_rank(adapters, low, ranks, rows, to, to_stride, first, last);
   }
 
   // to = W norm(x).
@@ -307,17 +292,9 @@ class PagedRun {
   char *inputs, *own;
 };
 
-// Returns 0 after a step; else it was not run: -1 if a token id, a position or a block is outside its table, or the bytes of
-// scratch that the step needs.
+// As `run_in_scratch`.
 inline int64_t step(const ModelWeights& model, const PagedStep& step) {
-  Arena measure(nullptr);
-  const PagedRun measured(model, step, measure);
-  if (measure.used + 64 > step.scratch_bytes) return measure.used + 64;
-  if (!measured.in_range()) return -1;
-  Arena arena((void*)round_up((int64_t)step.scratch, 64));
-  PagedRun run(model, step, arena);
-  run.team.run(step.threads, [&](int thread) { run.run(thread); });
-  return 0;
+  return run_in_scratch<PagedRun>(model, step);
 }
 
 }  // namespace paged
