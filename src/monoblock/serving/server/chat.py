@@ -275,13 +275,21 @@ def _logprobs(body: Any, job: ChatJob, found: Any) -> dict[str, Any] | None:
     return {"content": content, "refusal": None}
 
 
-async def _stream(
+async def started(
     body: Any, task: ChatTask, model: TextModel, name: str, state: ServerState
-) -> tuple[AsyncGenerator[bytes], AnswerRun]:
+) -> tuple[ChatJob, AnswerRun]:
+    """The job and the submitted generation of a stream; of an image it has begun, so that its errors have a status."""
     job = await prepare(body, task, model, name, state)
     run = job.run(state)
     if job.prompt.image is not None:
         await run.begin()
+    return job, run
+
+
+async def _stream(
+    body: Any, task: ChatTask, model: TextModel, name: str, state: ServerState
+) -> tuple[AsyncGenerator[bytes], AnswerRun]:
+    job, run = await started(body, task, model, name, state)
     return _events(body, job, run), run
 
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from monoblock.serving.engine.results import Completion
 from monoblock.serving.server import choices
 from monoblock.serving.server.answers import stream_while_used, timed_answer
-from monoblock.serving.server.chat import ChatJob, ChatTask, prepare
+from monoblock.serving.server.chat import ChatJob, ChatTask, prepare, started
 from monoblock.serving.server.content import (
     CalledFunction,
     ChatMessage,
@@ -228,10 +228,7 @@ def _whole(body: Any, job: ChatJob, run: AnswerRun, sequence: Completion) -> dic
 async def _stream(
     body: Any, task: ChatTask, model: TextModel, name: str, state: ServerState
 ) -> tuple[AsyncGenerator[bytes], AnswerRun]:
-    job = await prepare(body, task, model, name, state)
-    run = job.run(state)
-    if job.prompt.image is not None:
-        await run.begin()
+    job, run = await started(body, task, model, name, state)
     return _events(body, job, run), run
 
 
