@@ -14,11 +14,10 @@ from typing import Any, cast
 from monoblock.checkpoint.save import parse_size
 from monoblock.field_types import brief
 from monoblock.serving import inputs
-from monoblock.serving.engine.async_engine import best
 from monoblock.serving.engine.engine import Engine
 from monoblock.serving.engine.options import EngineOptions
 from monoblock.serving.engine.params import SamplingParams
-from monoblock.serving.engine.results import Completion, Delta
+from monoblock.serving.engine.results import Completion, Delta, best
 from monoblock.serving.engine.sequence import EngineRequest
 from monoblock.serving.inputs import LLMPrompt
 from monoblock.serving.outputs import (
@@ -410,8 +409,6 @@ class _Run:
 
     def _add(self, index: int) -> None:
         prompt, params = self.prompts[index], self.params[index]
-        if params.sequences > params.n and params.logprobs is None:
-            params = params.replaced(logprobs=0)  # the best ones are chosen by them
         found = [Completion(number) for number in range(params.sequences)]
 
         def sink(delta: Delta) -> None:
@@ -436,7 +433,7 @@ class _Run:
             request_id=number,
             prompt=self.prompts[index].text,
             prompt_token_ids=list(request.prompt),
-            outputs=[reader.completion(one, params.logprobs is not None) for one in best(found, params)],
+            outputs=[reader.completion(one, params.logprobs is not None) for one in best(found, params.n)],
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=request.usage.cached,
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from monoblock.serving.engine.engine import Engine, EngineStats
 from monoblock.serving.engine.params import SamplingParams
-from monoblock.serving.engine.results import Completion, Delta, QueueFull, TokenLogprob, Usage
+from monoblock.serving.engine.results import Completion, Delta, QueueFull, TokenLogprob, Usage, best
 from monoblock.serving.engine.sequence import EngineRequest
 
 log = logging.getLogger("monoblock")
@@ -61,30 +61,14 @@ class Generation:
         found = [Completion(index) for index in range(self.params.sequences)]
         async for delta in self:
             found[delta.index].add(delta)
-        return best(found, self.params)
+        return best(found, self.params.n)
 
-    def put(self, items: Sequence[Delta | BaseException]) -> None:
-        """Results of a step; called in the event loop."""
+    def put(self, item: Delta | BaseException) -> None:
+        """A result of a step; called in the event loop."""
         if self.request is not None:
             self.prompt, self.usage = self.request.prompt, self.request.usage
             self.prompt_logprobs = self.request.prompt_logprobs
-        for item in items:
-            self._queue.put_nowait(item)
-
-
-def best(found: list[Completion], params: SamplingParams) -> list[Completion]:
-    """The `n` best of `best_of` sequences, renumbered."""
-    if params.sequences == params.n:
-        return found
-
-    def mean(completion: Completion) -> float:
-        values = [entry.logprob for entry in completion.logprobs]
-        return sum(values) / max(1, len(values))
-
-    kept = sorted(found, key=mean, reverse=True)[: params.n]
-    for index, completion in enumerate(kept):
-        completion.index = index
-    return kept
+        self._queue.put_nowait(item)
 
 
 class AsyncEngine:
@@ -116,20 +100,20 @@ class AsyncEngine:
         """
         if self._closing:
             raise EngineClosed("the engine is closing")
-        if params.sequences > params.n and params.logprobs is None:
-            params = params.replaced(logprobs=0)
         waiting = len(self.core.scheduler.waiting) + self._pending
         if waiting + params.sequences > self.core.options.max_waiting:
             raise QueueFull(f"{waiting} sequences wait already: try again later")
         if image is None:
             self.core.check(prompt, params)
         generation = Generation(self, prompt, params, image)
-        self._pending += params.sequences
+        with self._wake:  # the computing thread counts down
+            self._pending += params.sequences
         self.call(lambda: self._begin(generation, prompt, image))
         return generation
 
     def _begin(self, generation: Generation, prompt: Sequence[int] | str, image: Any) -> None:
-        self._pending -= generation.params.sequences
+        with self._wake:
+            self._pending -= generation.params.sequences
         if generation.cancelled:
             for index in range(generation.params.sequences):
                 self._outbox.append((generation, Delta(index, "", (), (), "cancelled")))
@@ -225,4 +209,4 @@ class AsyncEngine:
 
 def _deliver(items: list[tuple[Generation, Delta | BaseException]]) -> None:
     for generation, item in items:
-        generation.put([item])
+        generation.put(item)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,8 @@ class Engine:
         """
         if len(self.scheduler.waiting) + params.sequences > self.options.max_waiting:
             raise QueueFull(f"{len(self.scheduler.waiting)} sequences wait already: try again later")
+        if params.sequences > params.n and params.logprobs is None:
+            params = params.replaced(logprobs=0)  # the best ones are chosen by them
         images = None if image is None else self._embedded(prompt, image)
         ids = images.tokens if images is not None else self._checked(prompt)
         if params.prompt_logprobs is not None and images is not None:
@@ -146,7 +148,6 @@ class Engine:
 
     def cancel(self, request: EngineRequest) -> None:
         """End a request as it is; its sequences finish as "cancelled"."""
-        request.cancelled = True
         for sequence in request.sequences:
             if sequence.finish is None:
                 self._drop(sequence)
@@ -253,10 +254,6 @@ class Engine:
     @property
     def _eos(self) -> frozenset[int]:
         return frozenset(self.generation_config.eos_ids)
-
-    def exclusive(self, function: Callable[[], Any]) -> Any:
-        """Call a function that uses the model, between steps."""
-        return function()
 
     def stats(self) -> EngineStats:
         """The state and the totals."""

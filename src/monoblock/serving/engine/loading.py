@@ -47,7 +47,7 @@ def load_engine(
     if adapter is not None:
         loaded.load_adapter(adapter)
     return make_engine(
-        loaded, tokenizer, options=options, name=name or model, processor=_processor(loaded, path, where)
+        loaded, tokenizer, options=options, name=name or model, processor=processor_of(loaded, path, where)
     )
 
 
@@ -70,7 +70,7 @@ def make_engine(
     return Engine(model, tokenizer, runner, name=name or "", processor=processor, options=options)
 
 
-def _processor(model: Any, path: str, where: dict[str, Any]) -> Any:
+def processor_of(model: Any, path: str, where: dict[str, Any]) -> Any:
     """The processor of an image-text model, else None."""
     from monoblock.families import AUTO
 

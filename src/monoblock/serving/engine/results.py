@@ -62,3 +62,18 @@ class Usage:
     prompt: int = 0
     cached: int = 0
     completion: int = 0
+
+
+def best(found: list[Completion], count: int) -> list[Completion]:
+    """The `count` sequences with the largest mean log-probability, renumbered; all if there are no more."""
+    if len(found) == count:
+        return found
+
+    def mean(completion: Completion) -> float:
+        values = [entry.logprob for entry in completion.logprobs]
+        return sum(values) / max(1, len(values))
+
+    kept = sorted(found, key=mean, reverse=True)[:count]
+    for index, completion in enumerate(kept):
+        completion.index = index
+    return kept

@@ -72,7 +72,7 @@ class Sampler:
         prompt: Sequence[int],
         tokenizer: Any,
         vocab: int,
-        seed: int | None,
+        seed: int,
     ) -> None:
         """`config`: of `config_of`. ValueError for a token outside the vocabulary, or a response format that cannot be
         used."""
@@ -98,7 +98,7 @@ class Sampler:
             max_length=self.start + (config.max_new_tokens or 0),
         )
         self._processors = processors.build(context, processors.wanted(config), own)
-        self._generator = None if params.greedy else ops.generator(0 if seed is None else seed)
+        self._generator = None if params.greedy else ops.generator(seed)
 
     @property
     def plain(self) -> bool:

@@ -27,7 +27,6 @@ class EngineRequest:
         self.usage = Usage(prompt=len(prompt))
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.sequences: list[EngineSequence] = []
-        self.cancelled = False
         self.error: BaseException | None = None
         self.new_tokens = 0  # at most, for each sequence
 
