@@ -79,8 +79,8 @@ def together(
         for _ in range(min(burst, len(left))):
             index = left.pop(0)
             prompt, params = requests[index]
-            answers[index] = Answer(params)
-            running[index] = core.add(prompt, params, sink=answers[index])
+            answers[index] = answer = Answer(params)
+            running[index] = core.add(prompt, params, sink=answer)
         if running and rng.random() < 0.03:
             index = int(rng.choice(list(running)))
             core.cancel(running.pop(index))

@@ -181,6 +181,7 @@ def load(
     """Load model and tokenizer. `attention`: `attn_implementation` of from_pretrained. `what`: the command, for
     errors."""
     from monoblock.pipelines.frameworks import chosen
+    from monoblock.serving.engine.loading import processor_of
 
     framework = chosen(source.framework, what)  # fails before any download
     import monoblock
@@ -202,7 +203,7 @@ def load(
         config = monoblock.AutoConfig.from_pretrained(path, **where)
         device = None if source.device == "auto" else source.device
         model = framework.adapter.load(auto, path, device, config=config, **options)
-    return ChatEngine(model, tokenizer, name, _processor(model, path, where), pytorch=pytorch)
+    return ChatEngine(model, tokenizer, name, processor_of(model, path, where), pytorch=pytorch)
 
 
 def need_pytorch(what: str) -> None:
@@ -212,17 +213,6 @@ def need_pytorch(what: str) -> None:
     framework = FRAMEWORKS["pt"]
     if framework.missing() is not None:
         raise ImportError(f"{what} runs on {framework.name}, which is not installed: {framework.install}")
-
-
-def _processor(model: Any, path: str, where: dict[str, Any]) -> Any:
-    """The processor of an image-text model, else None."""
-    from monoblock.families import AUTO
-
-    if model.row.name not in AUTO["AutoModelForImageTextToText"]:
-        return None
-    from monoblock import AutoProcessor
-
-    return AutoProcessor.from_pretrained(path, **where)
 
 
 def locate(model: str | None) -> tuple[str, str]:

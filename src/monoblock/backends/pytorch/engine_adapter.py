@@ -32,6 +32,7 @@ from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.batches import BLOCK, BatchRunner, EmbeddedImages, SequenceChunk
 from monoblock.generation.limits import host_memory
 from monoblock.native.abi import PagedStep
+from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
 
 FREE_SHARE = 4  # by default the cache takes a quarter of the available memory
@@ -74,7 +75,7 @@ def obstacle(model: Any, max_length: int | None = None) -> str | None:
 
 def _spec_obstacle(spec: ArchSpec, max_length: int | None) -> str | None:
     rotary = spec.position(Rotary)
-    if rotary is not None and rotary.scaling is not None and rotary.scaling.kind == "dynamic":
+    if rotary is not None and rotary.scaling is not None and is_dynamic(rotary):
         if max_length is not None and max_length <= rotary.scaling.original_length:
             return None  # it has no effect
         return (
