@@ -36,7 +36,7 @@ def sequences(lengths: Any, seed: int = 0, vocab: int = VOCAB) -> list[list[int]
 @pytest.fixture(autouse=True)
 def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 runs in the library on every machine."""
-    monkeypatch.setattr(native, "has_amx", lambda: False)
+    monkeypatch.setattr(native, "only_torch_has_amx", lambda: False)
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "attn_implementation='eager'" in (obstacle(module) or "")
     assert obstacle(mpt_model("rope, dynamic")) == "dynamic RoPE scaling"
     assert obstacle(monoblock_model("MPNetModel", **fields("mpnet")).to("meta")) == "device meta"
-    monkeypatch.setattr(native, "has_amx", lambda: True)
+    monkeypatch.setattr(native, "only_torch_has_amx", lambda: True)
     plain = monoblock_model("MPNetModel", **fields("mpnet"))
     assert obstacle(plain) is None
     assert "AMX" in (obstacle(plain.to(torch.bfloat16)) or "")

@@ -1,7 +1,8 @@
 """Loads the native CPU library for the highest instruction set that the machine supports. Imports no framework.
 
 The library is opened at the first use. The environment variable `MONOBLOCK_NATIVE` limits the choice: `0` disables the
-library; the name of a level (`base`, `avx2`, `avx512`, `avx512_vnni_bf16`) is the highest level that is used.
+library; the name of a level (`base`, `avx2`, `avx512`, `avx512_vnni_bf16`, `avx512_amx`) is the highest level that is
+used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from monoblock.native import abi
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
 VARIABLE = "MONOBLOCK_NATIVE"
+DOT_PRODUCTS = ("avx512_vnni_bf16", "avx512_amx")  # levels with dot products of 8-bit integers and of bfloat16
 SERIAL = "built without OpenMP: single-threaded"
 
 
@@ -49,20 +51,21 @@ def level() -> str | None:
 
 
 def has_int8_gemm() -> bool:
-    """Whether products of quantised weights with many rows use the int8 GEMM (AVX-512 VNNI)."""
-    return level() == "avx512_vnni_bf16"
+    """Whether products of quantised weights with many rows use 8-bit inputs (AVX-512 VNNI or AMX)."""
+    return level() in DOT_PRODUCTS
 
 
 def has_bf16_gemm(inputs: int) -> bool:
-    """Whether bfloat16 products with many rows of `inputs` columns use the native GEMM (AVX-512 BF16): not with AMX,
-    where PyTorch's is faster."""
-    return level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not has_amx()
+    """Whether bfloat16 products with many rows of `inputs` columns use the native GEMM (AVX-512 BF16 or AMX)."""
+    return level() == "avx512_amx" or (
+        level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not only_torch_has_amx()
+    )
 
 
-def has_amx() -> bool:
-    """Whether PyTorch's bfloat16 products use AMX, which the library does not."""
+def only_torch_has_amx() -> bool:
+    """Whether PyTorch's bfloat16 products use AMX, but the library does not."""
     found = library()
-    return found is not None and bool(found.mb_amx())
+    return found is not None and level() != "avx512_amx" and bool(found.mb_amx())
 
 
 def status() -> str:

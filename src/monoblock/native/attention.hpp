@@ -10,8 +10,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "matrix.hpp"
 #include "prompt_ops.hpp"
 
 namespace prompt {
@@ -37,23 +39,36 @@ struct AttentionCall {
 
 constexpr int ROWS = 6, COLUMNS = LANES == 4 || LANES == 8 ? 2 : 4;  // a register tile: rows, and vectors per row
 constexpr int PANEL = COLUMNS * LANES;                               // keys of a packed panel
-constexpr int TILE = 24, KEYS = 256;                                 // queries and keys of a tile of scores
+#if defined(__AMX_TILE__)
+constexpr int TILE = 48, KEYS = 256;  // queries and keys of a tile of scores
+#else
+constexpr int TILE = 24, KEYS = 256;
+#endif
 constexpr float MASKED = -INFINITY;
 
 struct Plain {  // float32; also bfloat16 without AVX-512 BF16
-  static constexpr int PER_WORD = 1;
+  static constexpr int PER_WORD = 1, ROWS = prompt::ROWS, WORDS = 1;
   static Floats dot(Floats sum, float a, Floats b) { return sum + a * b; }
 };
 
 #if defined(__AVX512BF16__)
 struct Pairs {
-  static constexpr int PER_WORD = 2;
+  static constexpr int PER_WORD = 2, ROWS = prompt::ROWS, WORDS = 1;
   static Floats dot(Floats sum, float a, Floats b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)all(a), (__m512bh)b);
   }
 };
 #else
 typedef Plain Pairs;
+#endif
+
+#if defined(__AMX_TILE__)
+// Pairs of bfloat16 in tiles of 16 rows and 16 words. Heads have a multiple of 32 channels.
+struct Tiles : Pairs {
+  static constexpr int ROWS = 16, WORDS = 16;
+};
+#else
+typedef Pairs Tiles;
 #endif
 
 // c (ROWS, N vectors) = factor[row] * c + a (ROWS, depth words) b (depth, N vectors); a null factor is 0.
@@ -80,6 +95,37 @@ inline void tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int 
   for (; vectors - done >= COLUMNS; done += COLUMNS)
     tile<Dot, COLUMNS>(a, lda, b + done * LANES, ldb, depth, c + done * LANES, ldc, factor);
   for (; done < vectors; ++done) tile<Dot, 1>(a, lda, b + done * LANES, ldb, depth, c + done * LANES, ldc, factor);
+}
+
+// The same for `rows` rows and any number of vectors of keys or channels.
+template <class Dot>
+inline void products(const float* a, int64_t lda, const float* b, int64_t ldb, int depth, float* c, int64_t ldc, int rows,
+                     int vectors, const float* factor) {
+#if defined(__AMX_TILE__)
+  if constexpr (std::is_same_v<Dot, Tiles>) {
+    using namespace matrices;
+    AmxPrefetch none;
+    if (factor)
+      for (int r = 0; r < rows; ++r)
+        for (int j = 0; j < vectors; ++j) store(c + r * ldc + j * LANES, load<Floats>(c + r * ldc + j * LANES) * factor[r]);
+    for (int r = 0; r < rows; r += 32)
+      for (int j = 0; j < vectors; j += 2) {
+        const AmxOperand x = {(const char*)(a + r * lda), 64, 16 * lda * 4, lda * 4};
+        const AmxOperand y = {(const char*)(b + j * LANES), 16 * ldb * 4, 64, ldb * 4};
+        float* to = c + r * ldc + j * LANES;
+        const bool two = r + 16 < rows, wide = j + 1 < vectors;
+        if (two)
+          wide ? amx_floats<2, 2>(x, y, depth / 16, to, ldc, !factor, none)
+               : amx_floats<2, 1>(x, y, depth / 16, to, ldc, !factor, none);
+        else
+          wide ? amx_floats<1, 2>(x, y, depth / 16, to, ldc, !factor, none)
+               : amx_floats<1, 1>(x, y, depth / 16, to, ldc, !factor, none);
+      }
+    return;
+  }
+#endif
+  for (int r = 0; r < rows; r += ROWS)
+    tiles<Dot>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc, vectors, factor ? factor + r : nullptr);
 }
 
 // ---------------------------------------------------------------------------- packing
@@ -137,10 +183,13 @@ void pack_keys(const T* from, int64_t stride, int keys, int dim, int words, floa
 // Packs values as rows of words, each of one channel of PER_WORD keys, padded with zeros after the last key.
 template <class Dot, class T>
 void pack_values(const T* from, int64_t stride, int keys, int dim, int padded, float* to) {
-  for (int key = 0; key < round_up(keys, Dot::PER_WORD); key += Dot::PER_WORD, to += padded) {
+  int key = 0;
+  for (; key < keys; key += Dot::PER_WORD, to += padded) {
     for (int c = 0; c < dim; ++c) to[c] = word<Dot>(from + key * stride, c, stride, key + 1 < keys);
     for (int c = dim; c < padded; ++c) to[c] = 0.0f;
   }
+  for (; key < round_up(keys, Dot::PER_WORD * Dot::WORDS); key += Dot::PER_WORD, to += padded)
+    std::fill(to, to + padded, 0.0f);
 }
 
 // ---------------------------------------------------------------------------- scores to weights
@@ -206,7 +255,7 @@ class Task {
  public:
   Task(const AttentionCall& a, int64_t block)
       : a(a),
-        words(int(round_up(a.head_dim, Dot::PER_WORD) / Dot::PER_WORD)),
+        words(int(round_up(a.head_dim, Dot::PER_WORD * Dot::WORDS) / Dot::PER_WORD)),
         padded(int(round_up(a.head_dim, LANES))),
         rows(int(round_up(block, TILE))),
         queries(rows * (a.heads / a.kv_heads) * words),
@@ -219,6 +268,10 @@ class Task {
 
   // Queries [begin, end) of batch row b and the heads of group g.
   void run(int64_t b, int64_t g, int64_t begin, int64_t end) {
+#if defined(__AMX_TILE__)
+    std::optional<matrices::AmxTiles> configured;
+    if constexpr (Dot::ROWS == matrices::SIDE) configured.emplace();
+#endif
     const int64_t shared = a.heads / a.kv_heads, past = a.keys - a.queries;
     for (int64_t h = 0; h < shared; ++h)
       pack_rows<Dot>(at<const T>(a.q, a.q_strides, b, g * shared + h, begin), a.q_strides[2], int(end - begin),
@@ -257,12 +310,12 @@ class Task {
     if (a.window) from = int(std::max<int64_t>(0, position - a.window + 1 - first));
     if (from >= to) return;
     from = from / PANEL * PANEL;
-    const int width = int(round_up(to - from, LANES)), used = int(round_up(queries_here, ROWS));
+    constexpr int STEP = Dot::PER_WORD * Dot::WORDS;  // keys of a step of the products with values
+    const int width = int(round_up(to - from, std::max(LANES, STEP))), used = int(round_up(queries_here, Dot::ROWS));
     float factors[TILE];
     for (int c = from; c < to; c += PANEL)
-      for (int r = 0; r < used; r += ROWS)
-        tiles<Dot>(queries.data() + (row + r) * words, words, keys.data() + c * words, PANEL, words,
-                   scores.data() + r * KEYS + c - from, KEYS, std::min(COLUMNS, (width - (c - from)) / LANES), nullptr);
+      products<Dot>(queries.data() + row * words, words, keys.data() + c * words, PANEL, words, scores.data() + c - from,
+                    KEYS, used, std::min(COLUMNS, (width - (c - from)) / LANES), nullptr);
     for (int r = 0; r < used; ++r) {
       const int64_t mine = position + std::min(r, queries_here - 1);
       ScoreRow line{scores.data() + r * KEYS, width, mine, first + from, 0, to - from};
@@ -276,10 +329,9 @@ class Task {
                   a.segments ? a.segments + b * a.segments_stride : nullptr);
       factors[r] = exponentiate<Dot>(line, most[row + r], total[row + r]);
     }
-    for (int r = 0; r < used; r += ROWS)
-      tiles<Dot>(scores.data() + r * KEYS, KEYS, values.data() + from / Dot::PER_WORD * padded, padded,
-                 int(round_up(to - from, Dot::PER_WORD)) / Dot::PER_WORD, sums.data() + (row + r) * padded, padded,
-                 padded / LANES, factors + r);
+    products<Dot>(scores.data(), KEYS, values.data() + from / Dot::PER_WORD * padded, padded,
+                  int(round_up(to - from, STEP)) / Dot::PER_WORD, sums.data() + row * padded, padded, used, padded / LANES,
+                  factors);
   }
 
   // Normalises the sums. The output of a fully masked query is the mean of all values, as for equal scores.
@@ -326,7 +378,7 @@ void run_tasks(const AttentionCall& a) {
 }
 
 inline int attention(const AttentionCall& a) {
-  a.bf16 ? run_tasks<Pairs, uint16_t>(a) : run_tasks<Plain, float>(a);
+  a.bf16 ? run_tasks<Tiles, uint16_t>(a) : run_tasks<Plain, float>(a);
   return 0;
 }
 

@@ -24,13 +24,15 @@ HERE = Path(__file__).parent
 
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_VNNI_BF16 = (*_AVX512, "-mavx512vnni", "-mavx512bf16")
 
 # From the lowest to the highest: `mb_level` returns an index of this table. Other architectures have only the first.
 LEVELS: dict[str, tuple[str, ...]] = {
     "base": (),
     "avx2": _AVX2,
     "avx512": _AVX512,
-    "avx512_vnni_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "avx512_vnni_bf16": _VNNI_BF16,
+    "avx512_amx": (*_VNNI_BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 
 # No -march=native: a build may run on another machine. Contraction fuses multiplications and additions (FMA).

@@ -3,6 +3,10 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "abi.hpp"
 #include "attention.hpp"
@@ -14,6 +18,33 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+namespace {
+
+// Whether the machine has AMX for bf16 and int8.
+bool has_amx() {
+#if defined(__x86_64__) || defined(_M_X64)
+  static const bool found = [] {  // once: on a virtual machine CPUID causes a VM exit
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+
+// Asks Linux to let this process use the tile registers, whose state is large; threads that it starts later may use them too.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
 // The index of the highest level of build.py that this machine can run; called on the base library.
 EXPORT int mb_level() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -22,24 +53,15 @@ EXPORT int mb_level() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return 1;
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bf16")) return 2;
+  return has_amx() && may_use_tiles() ? 4 : 3;
 #else
   return 0;
 #endif
 }
 
-// Whether the machine has AMX for bf16: PyTorch's products of many rows use it and are several times as fast.
-EXPORT int mb_amx() {
-#if defined(__x86_64__) || defined(_M_X64)
-  static const int found = [] {  // once: on a virtual machine CPUID causes a VM exit
-    unsigned a, b, c, d;
-    return int(__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1));
-  }();
-  return found;
-#else
-  return 0;
-#endif
-}
+// Whether the machine has AMX, which PyTorch's products in bf16 use.
+EXPORT int mb_amx() { return has_amx(); }
 
 // The digest (build.py) of the sources that the library was built from.
 EXPORT const char* mb_sources() { return MB_SOURCES; }

@@ -2,7 +2,7 @@
 // between the tiles for few rows and the GEMMs for many. Part of matrix.hpp.
 #pragma once
 
-#include <stdlib.h>
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -110,11 +110,58 @@ inline int gemm_bf16(const Matrix& m, const uint16_t* x, int64_t ldx, int64_t ro
 }
 #endif
 
+#if defined(__AMX_TILE__)
+constexpr int64_t AMX_BATCH = 2048;  // rows of inputs that are converted at once: it bounds the scratch
+
+// `linear` for weights of 16 bits and less; X, Y: float or uint16_t (bf16).
+template <class X, class Y>
+inline int gemm_amx(const Matrix& m, const X* x, int64_t ldx, int64_t rows, Y* y, int64_t ldy, int threads) {
+  const int64_t most = rows < AMX_BATCH ? rows : AMX_BATCH, inputs = round_up(AmxInputs::bytes(m.inputs, most), 64);
+  const int64_t own = round_up(AmxScratch::BYTES, 64);
+  char* scratch = (char*)scratch_of(inputs + threads * own + 64);
+  if (!scratch) return 1;
+  scratch = (char*)round_up((int64_t)scratch, 64);
+  for (int64_t start = 0; start < rows; start += most) {
+    const int64_t count = rows - start < most ? rows - start : most, blocks = (count + SIDE - 1) / SIDE;
+    const AmxTasks tasks(m, count, threads);
+    AmxInputs in;
+    in.place(scratch, m, count);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      const AmxScratch mine(scratch + inputs + thread_number() * own);
+#pragma omp for schedule(dynamic, 2)
+      for (int64_t block = 0; block < blocks; ++block) in.prepare(m, x + start * ldx, ldx, count, block);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < tasks.count(); ++task) {
+        const int64_t row = task / tasks.panels * tasks.rows, n = count - row < tasks.rows ? count - row : tasks.rows;
+        const int64_t first = task % tasks.panels * tasks.outputs;
+        amx_sums(m, first, tasks.outputs, in, row / SIDE, (n + SIDE - 1) / SIDE, mine, tasks.ld,
+                 first + threads * tasks.outputs);
+        amx_store(m, first, tasks.outputs, mine.sums, tasks.ld, n, y + (start + row) * ldy, ldy);
+      }
+    }
+  }
+  return 0;
+}
+
+template <class X>
+inline int gemm_amx(const Matrix& m, const X* x, int64_t ldx, int64_t rows, void* y, int32_t y_format, int64_t ldy,
+                    int threads) {
+  return y_format == BF16 ? gemm_amx(m, x, ldx, rows, (uint16_t*)y, ldy, threads)
+                          : gemm_amx(m, x, ldx, rows, (float*)y, ldy, threads);
+}
+#endif
+
 // y (rows, outputs) = x (rows, inputs) W^T + bias; `ldx`, `ldy`: row strides in elements; formats F32 or BF16.
 // Returns 0, or 1 if the scratch could not be allocated.
 inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
                   int32_t y_format, int64_t ldy, int threads) {
   if (m.outputs * m.inputs * (rows < 4 ? 1 : rows / 4) < SERIAL_WORK) threads = 1;
+#if defined(__AMX_TILE__)
+  if (rows >= amx_rows(m))
+    return x_format == BF16 ? gemm_amx(m, (const uint16_t*)x, ldx, rows, y, y_format, ldy, threads)
+                            : gemm_amx(m, (const float*)x, ldx, rows, y, y_format, ldy, threads);
+#endif
 #if defined(__AVX512VNNI__)
   if (rows > BATCH_ROWS && (m.format == INT8 || m.format == INT4))
     return gemm_int8(m, x, x_format, ldx, rows, y, y_format, ldy, threads);

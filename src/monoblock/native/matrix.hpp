@@ -120,6 +120,7 @@ inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int
 #include "row_products.hpp"
 #include "gemm_int8.hpp"
 #include "gemm_bf16.hpp"
+#include "amx.hpp"
 #include "linear.hpp"
 
 using matrices::Matrix;

@@ -30,11 +30,37 @@ struct PackedForward {
   int32_t causal, threads;
 };
 
+// Whether all token ids and positions are within their tables.
+inline bool tokens_in_range(const ModelWeights& m, const PackedForward& c) {
+  for (int64_t t = 0; t < c.starts[c.sequences]; ++t) {
+    if (c.ids[t] < 0 || c.ids[t] >= m.embed.outputs) return false;
+    if (c.type_ids && (c.type_ids[t] < 0 || c.type_ids[t] >= m.embed.outputs)) return false;
+    if (m.position_table && (c.positions[t] < 0 || c.positions[t] >= m.position_rows)) return false;
+  }
+  return true;
+}
+
+// The end of the chunk of sequences that begins at `first`: at least one sequence, and else at most `tokens` tokens.
+inline int64_t chunk_end(const PackedForward& c, int64_t first, int64_t tokens) {
+  int64_t last = first + 1;
+  while (last < c.sequences && c.starts[last + 1] - c.starts[first] <= tokens) ++last;
+  return last;
+}
+
+inline int64_t longest_chunk(const PackedForward& c, int64_t tokens) {
+  int64_t most = 1;
+  for (int64_t first = 0, last; first < c.sequences; first = last) {
+    last = chunk_end(c, first, tokens);
+    most = std::max(most, c.starts[last] - c.starts[first]);
+  }
+  return most;
+}
+
 class PackedRun {
  public:
   PackedRun(const ModelWeights& model, const PackedForward& call, Arena& arena)
       : m(model), c(call), layout(model), wide(m.mlp_width * (m.gated ? 2 : 1)), inner_width(m.heads * m.head_dim) {
-    const int64_t most = longest_chunk();
+    const int64_t most = longest_chunk(c, CHUNK_TOKENS);
     x = arena.take<float>(most * m.width);
     h = arena.take<float>(most * m.width);
     qkv = arena.take<float>(most * layout.size);
@@ -48,22 +74,14 @@ class PackedRun {
 
   ThreadTeam team;
 
-  // Whether all token ids and positions are within their tables.
-  bool in_range() const {
-    for (int64_t t = 0; t < c.starts[c.sequences]; ++t) {
-      if (c.ids[t] < 0 || c.ids[t] >= m.embed.outputs) return false;
-      if (c.type_ids && (c.type_ids[t] < 0 || c.type_ids[t] >= m.embed.outputs)) return false;
-      if (m.position_table && (c.positions[t] < 0 || c.positions[t] >= m.position_rows)) return false;
-    }
-    return true;
-  }
+  bool in_range() const { return tokens_in_range(m, c); }
 
   // One thread's share of the pass; all threads of the region call it together.
   void run(int thread) {
     Arena arena(own + thread * own_bytes());
     Own mine(thread, arena, m, c);
     for (int64_t first = 0; first < c.sequences;) {
-      const int64_t last = chunk_end(first);
+      const int64_t last = chunk_end(c, first, CHUNK_TOKENS);
       forward(first, last, mine);
       first = last;
     }
@@ -95,22 +113,6 @@ class PackedRun {
     Arena measure(nullptr);
     Own mine(0, measure, m, c);
     return measure.used;
-  }
-
-  // The end of the chunk of sequences that begins at `first`: at least one sequence, and else at most CHUNK_TOKENS tokens.
-  int64_t chunk_end(int64_t first) const {
-    int64_t last = first + 1;
-    while (last < c.sequences && c.starts[last + 1] - c.starts[first] <= CHUNK_TOKENS) ++last;
-    return last;
-  }
-
-  int64_t longest_chunk() const {
-    int64_t most = 1;
-    for (int64_t first = 0, last; first < c.sequences; first = last) {
-      last = chunk_end(first);
-      most = std::max(most, c.starts[last] - c.starts[first]);
-    }
-    return most;
   }
 
   template <class F>
@@ -145,7 +147,7 @@ class PackedRun {
           if (by_pairs()) matrices::round_to_bf16(row, layout.size, rounded + t * layout.size, layout.size);
         });
       if (by_pairs())
-        attend<prompt::Pairs>((const uint16_t*)rounded, layer, first, last, mine);
+        attend<prompt::Tiles>((const uint16_t*)rounded, layer, first, last, mine);
       else
         attend<prompt::Plain>((const float*)qkv, layer, first, last, mine);
       add(layer.out, attended, inner_width, count, mine);
@@ -260,9 +262,19 @@ class PackedRun {
   char *inputs, *own;
 };
 
+}  // namespace packed
+
+#include "amx_forward.hpp"
+
+namespace packed {
+
 // As `run_in_scratch`.
 inline int64_t forward(const ModelWeights& model, const PackedForward& call) {
+#if defined(__AMX_TILE__)
+  if (AmxRun::supports(model)) return run_in_scratch<AmxRun>(model, call);
+#endif
   return run_in_scratch<PackedRun>(model, call);
 }
 
 }  // namespace packed
+

@@ -42,7 +42,7 @@ def obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None
         return "dynamic RoPE scaling"
     if model.training:
         return "training mode"
-    if common_dtype(model) == torch.bfloat16 and native.has_amx():
+    if common_dtype(model) == torch.bfloat16 and native.only_torch_has_amx():
         return "AMX, with which PyTorch's bfloat16 products are faster"
     inventory = inventory or Inventory(model)
     if any(low_rank.is_lora(module) for _, module in inventory.modules):
