@@ -90,7 +90,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def mpt_model(case: str, **more: Any) -> Any:
     """A model with the options of a case and these config fields."""
     attn, fields = CASES[case]
-    module = model(attn=attn, **fields, **more)
+    module = model(attn=attn, **{**fields, **more})
     if case == "storywriter":  # so that clip_qkv=6 changes the projections
         with torch.no_grad():
             for i in range(module.spec.layers):

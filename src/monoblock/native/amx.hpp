@@ -14,7 +14,7 @@ namespace matrices {
 
 constexpr int64_t AMX_STEP = 64;           // bytes of a row of a tile: 32 weights in bf16, 64 codes
 constexpr int64_t AMX_TILE = SIDE * 64;    // bytes of a tile
-constexpr int64_t AMX_DEPTH = 16;          // steps of a block of weights: 32 KB for 32 outputs, in L1
+constexpr int64_t AMX_DEPTH = 8;          // steps of a block of weights: 32 KB for 32 outputs, in L1
 constexpr int64_t AMX_ROWS = 512;          // rows of inputs of a task
 constexpr int64_t AMX_OUTPUTS = 256;       // outputs of a task, at most
 constexpr int64_t AMX_SUMS = AMX_OUTPUTS * (AMX_ROWS + SIDE);  // 528 KB, in L2
@@ -52,10 +52,6 @@ inline int64_t amx_rows(const Matrix& m) {
   return m.format == F32 ? INT64_MAX : chosen ? atoi(chosen) : 4;
 }
 
-// Steps of a row of weights.
-inline int64_t amx_steps(const Matrix& m) {
-  return by_codes(m) ? round_up(m.inputs, RUN) / AMX_STEP : (m.inputs * 2 + AMX_STEP - 1) / AMX_STEP;
-}
 
 // Words of two values each, rounded to bf16.
 INLINE Words amx_pair(Floats low, Floats high) {
@@ -70,7 +66,8 @@ struct AmxInputs {
   char* tiles;
   float *scale, *total;
   int32_t* start;
-  int64_t steps, groups;
+  int64_t inputs, steps, groups;
+  bool codes;  // 8-bit integers, for quantised weights; else bf16
 
   // Bytes of scratch for `rows` rows of up to `inputs` inputs.
   static int64_t bytes(int64_t inputs, int64_t rows) {
@@ -78,10 +75,14 @@ struct AmxInputs {
     return round_up(rows, SIDE) * (padded * 2 + padded / BLOCK * 12) + 128;
   }
 
-  void place(void* scratch, const Matrix& m, int64_t rows) {
+  // `integers`: for quantised weights, whether inputs are 8-bit integers. They are the faster ones; products with bf16, for
+  // which weights are rounded to bf16 too, are the more accurate ones.
+  void place(void* scratch, const Matrix& m, int64_t rows, bool integers) {
     const int64_t blocks = (rows + SIDE - 1) / SIDE;
     char* at = (char*)round_up((int64_t)scratch, 64);
-    steps = amx_steps(m), groups = by_codes(m) ? groups_of(m) : 0;
+    codes = integers && by_codes(m), inputs = m.inputs;
+    steps = codes ? round_up(m.inputs, RUN) / AMX_STEP : (m.inputs * 2 + AMX_STEP - 1) / AMX_STEP;
+    groups = codes ? groups_of(m) : 0;
     tiles = at, at += blocks * steps * AMX_TILE;
     scale = (float*)at, at += blocks * groups * SIDE * 4;
     total = (float*)at, at += blocks * groups * SIDE * 4;
@@ -93,7 +94,7 @@ struct AmxInputs {
   void prepare(const Matrix& m, const X* x, int64_t ldx, int64_t rows, int64_t block) const {
     const int count = int(rows - block * SIDE < SIDE ? rows - block * SIDE : SIDE);
     x += block * SIDE * ldx;
-    if (by_codes(m)) return prepare_codes(m, x, ldx, count, block);
+    if (codes) return prepare_codes(m, x, ldx, count, block);
     char* to = tiles + block * steps * AMX_TILE;
     for (int64_t k = 0; k < m.inputs; k += 2 * SIDE, to += AMX_TILE) {
       const int64_t left = m.inputs - k < 2 * SIDE ? m.inputs - k : 2 * SIDE;
@@ -104,51 +105,18 @@ struct AmxInputs {
     }
   }
 
-  // Converts the channels [first, first + count) of a block of rows, given as vectors of one channel of 16 rows, `ld`
-  // elements apart. `first` is a multiple of RUN, and so is `count` unless they are the last ones.
-  void convert(const Matrix& m, const float* x, int64_t ld, int64_t block, int64_t first, int64_t count) const {
-    if (by_codes(m)) {
-      for (int64_t k = 0; k < count || (first + k) % RUN; k += m.group)
-        convert_group(m, x + k * ld, ld, block, (first + k) / m.group, count - k < m.group ? count - k : m.group);
-      return;
-    }
+  // Converts the channels [first, first + count) of a block of rows to bf16. They are given as vectors, one channel of the 16
+  // rows each, `ld` elements apart. `first` is even, and so is `count` unless they are the last channels.
+  void convert(const float* x, int64_t ld, int64_t block, int64_t first, int64_t count) const {
     char* to = tiles + (block * steps * 2 * SIDE + first) * 2 * SIDE;
     int64_t k = 0;
     for (; k + 2 <= count; k += 2, to += 64) store(to, amx_pair(load<Floats>(x + k * ld), load<Floats>(x + (k + 1) * ld)));
     if (k < count) store(to, amx_pair(load<Floats>(x + k * ld), Floats{})), k += 2, to += 64;
-    for (; (first + k) % (2 * SIDE); k += 2, to += 64) store(to, Words{});
+    if (first + k >= inputs)
+      for (; (first + k) % (2 * SIDE); k += 2, to += 64) store(to, Words{});
   }
 
  private:
-  // One group of codes, of which `count` channels exist; as `quantise`.
-  void convert_group(const Matrix& m, const float* x, int64_t ld, int64_t block, int64_t group, int64_t count) const {
-    Floats top = {}, nonfinite = {};
-    for (int64_t k = 0; k < count; ++k) {
-      const Floats v = load<Floats>(x + k * ld);
-      top = largest(magnitude(v), top);
-      nonfinite += v * 0.0f;
-    }
-    const Floats inverse = (top > MIN_MAGNITUDE) & (nonfinite == 0.0f) ? 127.0f / top : Floats{};
-    const Floats own = top * (1 / 127.0f) + nonfinite;
-    char* to = tiles + block * steps * AMX_TILE + group * m.group * SIDE;
-    const __m512i offset = _mm512_set1_epi8(char(128)), ones = _mm512_set1_epi8(1);
-    __m512i sums = {}, plain = {};
-    for (int64_t k = 0; k < m.group; k += 4, to += 64) {
-      Words word = {};
-      UNROLL for (int i = 0; i < 4; ++i)
-        if (k + i < count) {
-          const Floats v = load<Floats>(x + (k + i) * ld);
-          word |= ((Words)nearest(inverse == 0.0f ? Floats{} : v * inverse) & 255u) << 8 * i;
-        }
-      store(to, word);
-      sums = _mm512_dpbusd_epi32(sums, offset, (__m512i)word), plain = _mm512_dpbusd_epi32(plain, ones, (__m512i)word);
-    }
-    const int64_t at = (block * groups + group) * SIDE;
-    store(scale + at, own);
-    store(total + at, __builtin_convertvector((Ints)plain, Floats) * own);
-    store(start + at, m.format == INT8 ? Ints{} - (Ints)sums : Ints{});
-  }
-
   static INLINE Words pairs(const uint16_t* x, int64_t count) {
     return (Words)_mm512_maskz_loadu_epi16(uint32_t((uint64_t(1) << count) - 1), x);
   }
@@ -164,20 +132,20 @@ struct AmxInputs {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t k = g * m.group, at = (block * groups + g) * SIDE, left = m.inputs - k;
       const int64_t inside = left < 0 ? 0 : left < m.group ? left : m.group;
-      alignas(64) int8_t codes[SIDE][RUN];
+      alignas(64) int8_t q[SIDE][RUN];
       float group[RUN];
       for (int r = 0; r < SIDE; ++r) {
         if (r >= count) {
-          memset(codes[r], 0, m.group), scale[at + r] = total[at + r] = 0;
+          memset(q[r], 0, m.group), scale[at + r] = total[at + r] = 0;
           continue;
         }
         const float* from = floats(x + r * ldx + k, inside, group, m.group);
-        quantise(from, m.group, codes[r], scale + at + r, total + at + r);
+        quantise(from, m.group, q[r], scale + at + r, total + at + r);
       }
       __m512i sums = {};
       for (int64_t i = 0; i < m.group; i += AMX_STEP, to += AMX_TILE) {
         Words v[SIDE];
-        UNROLL for (int r = 0; r < SIDE; ++r) v[r] = load<Words>(codes[r] + i);
+        UNROLL for (int r = 0; r < SIDE; ++r) v[r] = load<Words>(q[r] + i);
         transpose(v);
         UNROLL for (int r = 0; r < SIDE; ++r) {
           store(to + r * 64, v[r]);
@@ -206,10 +174,10 @@ struct AmxScratch {
   float* sums;     // (outputs, rows) of a task
   float *scale, *low;  // (groups of a block, 32 outputs)
   int32_t* integers;   // (2, 4 tiles): sums of two groups
-  uint16_t* row;       // weights decompressed from 12 bits
+  float* row;          // weights of an output, decompressed
 
   static constexpr int64_t BYTES =
-      AMX_DEPTH * 2 * AMX_TILE + AMX_SUMS * 4 + 2 * AMX_DEPTH * 32 * 4 + 8 * AMX_TILE + AMX_DEPTH * AMX_STEP + RUN * 2;
+      AMX_DEPTH * 2 * AMX_TILE + AMX_SUMS * 4 + 2 * AMX_DEPTH * 32 * 4 + 8 * AMX_TILE + AMX_DEPTH * AMX_STEP * 2;
 
   explicit AmxScratch(char* at) {
     weights = at, at += AMX_DEPTH * 2 * AMX_TILE;
@@ -217,7 +185,7 @@ struct AmxScratch {
     scale = (float*)at, at += AMX_DEPTH * 32 * 4;
     low = (float*)at, at += AMX_DEPTH * 32 * 4;
     integers = (int32_t*)at, at += 8 * AMX_TILE;
-    row = (uint16_t*)at;
+    row = (float*)at;
   }
 };
 
@@ -225,10 +193,12 @@ struct AmxScratch {
 class AmxPrefetch {
  public:
   AmxPrefetch() = default;
-  AmxPrefetch(const Matrix& m, int64_t output, int64_t from, int64_t steps, int64_t blocks)
-      : bytes(row_bytes(m)), width(m.format == INT4 ? steps / 2 : m.format == LOSSLESS ? steps * 3 / 4 : steps) {
-    const int64_t offset = m.format == LOSSLESS ? head_bytes(m) + from * 48 : m.format == INT4 ? from * 32 : from * AMX_STEP;
-    row = (const char*)m.data + output * bytes + offset;
+  AmxPrefetch(const Matrix& m, bool codes, int64_t output, int64_t from, int64_t steps, int64_t blocks) : bytes(row_bytes(m)) {
+    int64_t step = AMX_STEP;  // bytes of a row that become 64
+    if (m.format == LOSSLESS) step = AMX_STEP * 3 / 4;
+    if (by_codes(m)) step = AMX_STEP / (codes ? 1 : 2) / (m.format == INT4 ? 2 : 1);
+    row = (const char*)m.data + output * bytes + (m.format == LOSSLESS ? head_bytes(m) : 0) + from * step;
+    width = steps * step / 64;
     rows = m.outputs - output < 2 * SIDE ? m.outputs - output : 2 * SIDE;
     each = int(2 * 2 * SIDE / blocks + 1);
   }
@@ -354,14 +324,41 @@ inline void amx_codes(const Matrix& m, const AmxOperand& w, const AmxInputs& in,
   scaled(groups - 1);
 }
 
+// Quantised weights of an output, [from, from + steps) runs of 32, rounded to bf16; a run at to + i * apart.
+inline void amx_pack_rounded(const Matrix& m, int64_t output, int64_t from, int64_t steps, char* to, int64_t apart) {
+  const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
+  const int64_t groups = groups_of(m), by_group = m.group / 32;
+  Floats scale = {}, low = {};
+  for (int64_t s = from; s < from + steps; ++s, to += apart) {
+    if (s == from || s % by_group == 0) {
+      const int64_t group = output * groups + s / by_group;
+      scale = all(from_half(m.scale[group])), low = m.low ? all(from_half(m.low[group])) : scale * -128.0f;
+    }
+    // The low nibbles of a run of 128 are its first 64 codes, the high nibbles the others.
+    const uint8_t* at = m.format == INT8 ? codes + s * 32 : codes + s / 4 * 64 + s % 2 * 32;
+    Floats v[2];
+    UNROLL for (int i = 0; i < 2; ++i) {
+      Ints code = (Ints)_mm512_cvtepu8_epi32(load<__m128i>(at + 16 * i));
+      if (m.format == INT4) code = s % 4 < 2 ? code & 15 : code >> 4;
+      v[i] = __builtin_convertvector(code, Floats) * scale + low;
+    }
+    store(to, _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]));
+  }
+}
+
 // Copies the steps [from, from + steps) of 16 outputs from `output` on to tiles `apart` bytes apart. The last output stands in
 // for those beyond the end.
-inline void amx_pack(const Matrix& m, int64_t output, int64_t from, int64_t steps, char* to, int64_t apart, uint16_t* row) {
+inline void amx_pack(const Matrix& m, bool codes, int64_t output, int64_t from, int64_t steps, char* to, int64_t apart,
+                     float* row) {
   const int64_t bytes = row_bytes(m);
   for (int r = 0; r < SIDE; ++r) {
     const int64_t own = output + r < m.outputs ? output + r : m.outputs - 1;
     const char* weights = (const char*)m.data + own * bytes;
     char* at = to + r * AMX_STEP;
+    if (!codes && by_codes(m)) {
+      amx_pack_rounded(m, own, from, steps, at, apart);
+      continue;
+    }
     if (m.format == INT4) {  // the low nibbles of a run of 128 are its first 64 codes, the high nibbles the others
       for (int64_t s = from; s < from + steps; s += 2, at += 2 * apart) {
         const Words both = load<Words>(weights + s / 2 * 64);
@@ -373,11 +370,12 @@ inline void amx_pack(const Matrix& m, int64_t output, int64_t from, int64_t step
     int64_t whole = steps;
     if (m.format == LOSSLESS) {
       const int64_t k = from * SIDE * 2, count = steps * SIDE * 2;
-      weights = (const char*)bf16_weights(m, own, k, m.inputs - k < count ? m.inputs - k : count, row);
+      weights = (const char*)bf16_weights(m, own, k, m.inputs - k < count ? m.inputs - k : count,
+                                           (uint16_t*)row);
     } else {
       weights += from * AMX_STEP;
     }
-    if (!by_codes(m) && (from + steps) * AMX_STEP > m.inputs * 2) --whole;
+    if (!codes && (from + steps) * AMX_STEP > m.inputs * 2) --whole;
     for (int64_t s = 0; s < whole; ++s, at += apart) store(at, load<Words>(weights + s * AMX_STEP));
     if (whole < steps) {
       const int64_t left = m.inputs - (from + whole) * SIDE * 2;
@@ -388,8 +386,8 @@ inline void amx_pack(const Matrix& m, int64_t output, int64_t from, int64_t step
 
 // Whether tiles of these weights can be loaded from where they are, for a block of 32 outputs: where lines of several rows
 // share a set of L1, they evict each other before the next rows of inputs need them.
-inline bool amx_in_place(const Matrix& m, int64_t rows) {
-  const bool copied = m.format == INT4 || m.format == LOSSLESS || row_bytes(m) % AMX_STEP || (int64_t)m.data % AMX_STEP;
+inline bool amx_in_place(const Matrix& m, bool codes, int64_t rows) {
+  const bool copied = codes != by_codes(m) || m.format == INT4 || m.format == LOSSLESS || row_bytes(m) % AMX_STEP || (int64_t)m.data % AMX_STEP;
   return !copied && (rows <= AMX_STREAMED_ROWS || row_bytes(m) / AMX_STEP % 16);
 }
 
@@ -398,7 +396,7 @@ inline bool amx_in_place(const Matrix& m, int64_t rows) {
 inline void amx_sums(const Matrix& m, int64_t first, int64_t count, const AmxInputs& in, int64_t block, int64_t blocks,
                      const AmxScratch& s, int64_t ld, int64_t next) {
   const AmxTiles configured;
-  const bool codes = by_codes(m), in_place = amx_in_place(m, blocks * SIDE);
+  const bool codes = in.codes, in_place = amx_in_place(m, codes, blocks * SIDE);
   const int64_t depth_blocks = (in.steps + AMX_DEPTH - 1) / AMX_DEPTH;
   // A whole number of runs of 128 codes.
   const int64_t each = round_up((in.steps + depth_blocks - 1) / depth_blocks, 4), bytes = row_bytes(m);
@@ -410,8 +408,8 @@ inline void amx_sums(const Matrix& m, int64_t first, int64_t count, const AmxInp
       if (in_place && output + 2 * SIDE <= m.outputs) {
         w = {(const char*)m.data + output * bytes + k * AMX_STEP, AMX_STEP, SIDE * bytes, bytes};
       } else {
-        amx_pack(m, output, k, steps, s.weights, 2 * AMX_TILE, s.row);
-        amx_pack(m, output + SIDE, k, steps, s.weights + AMX_TILE, 2 * AMX_TILE, s.row);
+        amx_pack(m, codes, output, k, steps, s.weights, 2 * AMX_TILE, s.row);
+        amx_pack(m, codes, output + SIDE, k, steps, s.weights + AMX_TILE, 2 * AMX_TILE, s.row);
       }
       const int64_t group = codes ? k * AMX_STEP / m.group : 0, groups = codes ? steps * AMX_STEP / m.group : 0;
       for (int64_t g = 0; g < groups; ++g)
@@ -424,11 +422,11 @@ inline void amx_sums(const Matrix& m, int64_t first, int64_t count, const AmxInp
       AmxPrefetch prefetch;
       if (blocks > 2) {
         if (output + 2 * SIDE < last)
-          prefetch = AmxPrefetch(m, output + 2 * SIDE, k, steps, blocks);
+          prefetch = AmxPrefetch(m, codes, output + 2 * SIDE, k, steps, blocks);
         else if (k + each < in.steps)
-          prefetch = AmxPrefetch(m, first, k + each, each, blocks);
+          prefetch = AmxPrefetch(m, codes, first, k + each, each, blocks);
         else if (next < m.outputs)
-          prefetch = AmxPrefetch(m, next, 0, each, blocks);
+          prefetch = AmxPrefetch(m, codes, next, 0, each, blocks);
       }
       for (int64_t b = 0; b < blocks; b += 2) {
         float* sums = s.sums + (output - first) * ld + b * SIDE;
@@ -448,15 +446,13 @@ inline void amx_sums(const Matrix& m, int64_t first, int64_t count, const AmxInp
 struct AmxTasks {
   int64_t rows, outputs, row_blocks, panels, ld;
 
-  // `least`: outputs of a task, at least; a multiple of 32.
-  AmxTasks(const Matrix& m, int64_t count, int threads, int64_t least = 32) {
+  AmxTasks(const Matrix& m, int64_t count, int threads) {
     row_blocks = (count + AMX_ROWS - 1) / AMX_ROWS;
     rows = round_up((count + row_blocks - 1) / row_blocks, 2 * SIDE);
     ld = rows + SIDE;
     // Wide panels read the inputs less often, where they do not fit L2; there are at least four for each thread.
     outputs = AMX_OUTPUTS;
-    while (outputs > least && row_blocks * ((m.outputs + outputs - 1) / outputs) < 4 * threads) outputs /= 2;
-    outputs = round_up(outputs, least);
+    while (outputs > 32 && row_blocks * ((m.outputs + outputs - 1) / outputs) < 4 * threads) outputs /= 2;
     panels = (m.outputs + outputs - 1) / outputs;
   }
   int64_t count() const { return row_blocks * panels; }

@@ -85,8 +85,11 @@ class AmxRun {
       sums = arena.take<float>(dim * QUERY_TILE);
       last_values = arena.take<uint16_t>(dim * CHANNELS);
       bias = arena.take<float>(matrices::AMX_OUTPUTS);
+      angles = arena.take<float>(run.m.rotary_dim);
+      heads = arena.take<float>(run.unfinished() && run.layout.stride != dim ? run.inner_width * LANES : 0);
     }
     const int thread;
+    int64_t start = 0, count = 0, blocks = 0;  // of the present chunk: its first token, tokens, and blocks of 16
     char* tiles;           // AmxScratch
     float* rows;           // (16, width): embeddings of a block
     float* scores;         // (KEY_TILE, QUERY_TILE)
@@ -94,6 +97,8 @@ class AmxRun {
     float* sums;           // (head_dim, QUERY_TILE)
     uint16_t* last_values; // (head_dim, 32): the last keys of a sequence, followed by zeros
     float* bias;           // of a task's outputs
+    float* angles;         // RoPE of a token
+    float* heads;          // (heads, head_dim, 16): of a norm over all heads that are not adjacent
   };
 
   int64_t own_bytes() const {
@@ -116,31 +121,31 @@ class AmxRun {
   // The sequences [first, last) through all layers.
   void forward(int64_t first, int64_t last, Own& mine) {
     const int64_t start = c.starts[first];
-    count = c.starts[last] - start, blocks = (count + LANES - 1) / LANES;
-    if (!count) return;
+    mine.start = start, mine.count = c.starts[last] - start, mine.blocks = (mine.count + LANES - 1) / LANES;
+    if (!mine.count) return;
     const LayerWeights& begin = m.blocks[0];
-    phase(mine, blocks, [&](int64_t block) {
-      embed(start, block, mine);
-      prepare(m.pre_norm ? &begin.norm1 : nullptr, begin.qkv, block);
+    phase(mine, mine.blocks, [&](int64_t block) {
+      embed(block, mine);
+      prepare(m.pre_norm ? &begin.norm1 : nullptr, begin.qkv, block, mine);
     });
     for (int64_t i = 0; i < m.layers; ++i) {
       const LayerWeights& layer = m.blocks[i];
       project_heads(layer, mine);
       attend(layer, first, last, mine);
-      phase(mine, blocks, [&](int64_t block) { convert(layer.out, attended + block * inner_width * LANES, inner_width, block); });
+      phase(mine, mine.blocks, [&](int64_t block) { convert(layer.out, attended + block * inner_width * LANES, inner_width, block, mine); });
       add(layer.out, inputs, mine);
-      phase(mine, blocks, [&](int64_t block) {
+      phase(mine, mine.blocks, [&](int64_t block) {
         if (!m.pre_norm) norm_block(layer.norm1, x_of(block), m.width, x_of(block));
-        prepare(m.pre_norm ? &layer.norm2 : nullptr, layer.up, block);
+        prepare(m.pre_norm ? &layer.norm2 : nullptr, layer.up, block, mine);
       });
       up(layer, mine);
       add(layer.down, inner, mine);
-      phase(mine, blocks, [&](int64_t block) {
+      phase(mine, mine.blocks, [&](int64_t block) {
         if (!m.pre_norm) norm_block(layer.norm2, x_of(block), m.width, x_of(block));
         if (i + 1 < m.layers)
-          prepare(m.pre_norm ? &m.blocks[i + 1].norm1 : nullptr, m.blocks[i + 1].qkv, block);
+          prepare(m.pre_norm ? &m.blocks[i + 1].norm1 : nullptr, m.blocks[i + 1].qkv, block, mine);
         else
-          finish(start, block, mine);
+          finish(block, mine);
       });
     }
   }
@@ -148,21 +153,20 @@ class AmxRun {
   float* x_of(int64_t block) const { return x + block * m.width * LANES; }
 
   // The embeddings of a block's tokens; zeros beyond the last one.
-  void embed(int64_t start, int64_t block, Own& mine) {
+  void embed(int64_t block, Own& mine) {
     const int64_t ld = round_up(m.width, LANES);
     for (int lane = 0; lane < LANES; ++lane) {
       float* row = mine.rows + lane * ld;
       const int64_t t = block * LANES + lane;
-      if (t >= count) {
+      if (t >= mine.count) {
         memset(row, 0, ld * sizeof(float));
         continue;
       }
-      const int64_t position = c.positions[start + t];
-      embed_token(m, c.ids[start + t], c.type_ids ? c.type_ids[start + t] : -1, position, row);
+      const int64_t position = c.positions[mine.start + t];
+      embed_token(m, c.ids[mine.start + t], c.type_ids ? c.type_ids[mine.start + t] : -1, position, row);
       if (!m.rotary_dim) continue;
-      std::vector<float> own(m.rotary_dim);
-      rope_angles(m, position, own.data());
-      for (int64_t i = 0; i < m.rotary_dim; ++i) angles[(block * m.rotary_dim + i) * LANES + lane] = own[i];
+      rope_angles(m, position, mine.angles);
+      for (int64_t i = 0; i < m.rotary_dim; ++i) angles[(block * m.rotary_dim + i) * LANES + lane] = mine.angles[i];
     }
     for (int64_t k = 0; k < m.width; k += LANES) {
       Floats v[LANES];
@@ -174,7 +178,7 @@ class AmxRun {
   }
 
   // The results of a block's tokens: after the final norm, (tokens, width).
-  void finish(int64_t start, int64_t block, Own& mine) {
+  void finish(int64_t block, Own& mine) {
     norm_block(m.final_norm, x_of(block), m.width, x_of(block));
     const int64_t ld = round_up(m.width, LANES);
     for (int64_t k = 0; k < m.width; k += LANES) {
@@ -183,8 +187,8 @@ class AmxRun {
       transpose(v);
       UNROLL for (int lane = 0; lane < LANES; ++lane) store(mine.rows + lane * ld + k, v[lane]);
     }
-    for (int64_t t = block * LANES; t < std::min(count, (block + 1) * LANES); ++t)
-      memcpy(c.out + (start + t) * m.width, mine.rows + t % LANES * ld, m.width * sizeof(float));
+    for (int64_t t = block * LANES; t < std::min(mine.count, (block + 1) * LANES); ++t)
+      memcpy(c.out + (mine.start + t) * m.width, mine.rows + t % LANES * ld, m.width * sizeof(float));
   }
 
   // y = norm(x) of a block's tokens; may be in place.
@@ -214,37 +218,37 @@ class AmxRun {
   }
 
   // The inputs of `w` from x, normed if there is a norm.
-  void prepare(const NormWeights* norm, const Matrix& w, int64_t block) {
+  void prepare(const NormWeights* norm, const Matrix& w, int64_t block, const Own& mine) {
     float* from = x_of(block);
     if (norm) {
       float* to = h + block * m.width * LANES;
       norm_block(*norm, from, m.width, to);
       from = to;
     }
-    convert(w, from, m.width, block);
+    convert(w, from, m.width, block, mine);
   }
 
-  void convert(const Matrix& w, const float* from, int64_t width, int64_t block) {
-    placed(w, inputs).convert(w, from, LANES, block, 0, width);
+  void convert(const Matrix& w, const float* from, int64_t width, int64_t block, const Own& mine) {
+    placed(w, inputs, mine).convert(from, LANES, block, 0, width);
   }
 
-  AmxInputs placed(const Matrix& w, char* at) const {
+  AmxInputs placed(const Matrix& w, char* at, const Own& mine) const {
     AmxInputs in;
-    in.place(at, w, blocks * LANES);
+    in.place(at, w, mine.blocks * LANES, false);
     return in;
   }
 
   // W in: calls epilogue(block, first output, outputs, sums, ld) for each block of rows and each task's outputs, with the
-  // bias added. `least`: outputs of a task, at least.
+  // bias added.
   template <class F>
-  void product(const Matrix& w, char* in, Own& mine, F epilogue, int64_t least = 32) {
+  void product(const Matrix& w, char* in, Own& mine, F epilogue) {
     using namespace matrices;
-    const AmxInputs rows = placed(w, in);
-    const AmxTasks tasks(w, count, c.threads, least);
+    const AmxInputs rows = placed(w, in, mine);
+    const AmxTasks tasks(w, mine.count, c.threads);
     const AmxScratch scratch(mine.tiles);
     phase(mine, tasks.count(), [&](int64_t task) {
       const int64_t first = task % tasks.panels * tasks.outputs, row = task / tasks.panels * tasks.rows;
-      const int64_t n = std::min(tasks.rows, count - row), outputs = std::min(tasks.outputs, w.outputs - first);
+      const int64_t n = std::min(tasks.rows, mine.count - row), outputs = std::min(tasks.outputs, w.outputs - first);
       amx_sums(w, first, tasks.outputs, rows, row / SIDE, (n + SIDE - 1) / SIDE, scratch, tasks.ld,
                first + c.threads * tasks.outputs);
       for (int64_t o = 0; w.bias && o < outputs; ++o) mine.bias[o] = bias_of(w, first + o);
@@ -267,7 +271,7 @@ class AmxRun {
 
   // inner = act(W in), or act(gate) * up, as inputs of `down`.
   void up(const LayerWeights& layer, Own& mine) {
-    const AmxInputs to = placed(layer.down, inner);
+    const AmxInputs to = placed(layer.down, inner, mine);
     if (!m.gated)
       return product(
           layer.up, inputs, mine,
@@ -276,20 +280,19 @@ class AmxRun {
               for (int64_t o = 0; o < outputs; ++o)
                 store(sums + o * ld, matrices::activated<decltype(act)::value>(load<Floats>(sums + o * ld)));
             });
-            to.convert(layer.down, sums, ld, block, first, outputs);
-          },
-          matrices::RUN);
+            to.convert(sums, ld, block, first, outputs);
+          });
     product(layer.up, inputs, mine, [&](int64_t block, int64_t first, int64_t outputs, const float* sums, int64_t ld) {
       float* all = wide + (block * 2 * m.mlp_width + first) * LANES;
       for (int64_t o = 0; o < outputs; ++o) store(all + o * LANES, load<Floats>(sums + o * ld));
     });
-    phase(mine, blocks, [&](int64_t block) {
+    phase(mine, mine.blocks, [&](int64_t block) {
       float *gates = wide + block * 2 * m.mlp_width * LANES, *ups = gates + m.mlp_width * LANES;
       choose(m.activation, [&](auto act) {
         for (int64_t i = 0; i < m.mlp_width * LANES; i += LANES)
           store(gates + i, matrices::activated<decltype(act)::value>(load<Floats>(gates + i)) * load<Floats>(ups + i));
       });
-      to.convert(layer.down, gates, LANES, block, 0, m.mlp_width);
+      to.convert(gates, LANES, block, 0, m.mlp_width);
     });
   }
 
@@ -305,7 +308,7 @@ class AmxRun {
       float* to = qkv + (block * layout.size + first) * LANES;
       for (int64_t o = 0; o < outputs; ++o) store(to + o * LANES, load<Floats>(sums + o * ld));
     });
-    phase(mine, blocks, [&](int64_t block) {
+    phase(mine, mine.blocks, [&](int64_t block) {
       float* own = qkv + block * layout.size * LANES;
       if (m.clip != 0)
         for (int64_t i = 0; i < layout.size * LANES; i += LANES)
@@ -317,18 +320,18 @@ class AmxRun {
   }
 
   // Norm and RoPE of a block's queries or keys.
-  void finish_heads(const NormWeights& norm, float* first, int64_t heads, int64_t block, Own&) {
+  void finish_heads(const NormWeights& norm, float* first, int64_t heads, int64_t block, Own& mine) {
     const int64_t dim = m.head_dim, half = m.rotary_dim / 2;
     if (norm.kind && !m.qk_norm_by_head) {
       if (layout.stride == dim) {
         norm_block(norm, first, heads * dim, first);
       } else {
-        std::vector<float> together(heads * dim * LANES);
+        const int64_t size = dim * LANES;
         for (int64_t i = 0; i < heads; ++i)
-          memcpy(together.data() + i * dim * LANES, first + i * layout.stride * LANES, dim * LANES * sizeof(float));
-        norm_block(norm, together.data(), heads * dim, together.data());
+          memcpy(mine.heads + i * size, first + i * layout.stride * LANES, size * sizeof(float));
+        norm_block(norm, mine.heads, heads * dim, mine.heads);
         for (int64_t i = 0; i < heads; ++i)
-          memcpy(first + i * layout.stride * LANES, together.data() + i * dim * LANES, dim * LANES * sizeof(float));
+          memcpy(first + i * layout.stride * LANES, mine.heads + i * size, size * sizeof(float));
       }
     }
     for (int64_t i = 0; i < heads; ++i) {
@@ -510,8 +513,7 @@ class AmxRun {
   const PackedForward& c;
   const HeadLayout layout;
   const int64_t inner_width, key_width;
-  int64_t most, stride;     // tokens of a chunk, and of a row of `queries` and `values`
-  int64_t count, blocks;    // tokens of the present chunk, and blocks of 16
+  int64_t most, stride;  // tokens of a chunk, and of a row of `queries` and `values`
   float *x, *h, *qkv, *attended, *wide, *angles, *biases;
   uint32_t* queries;
   uint16_t *keys, *values;

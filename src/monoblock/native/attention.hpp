@@ -151,7 +151,7 @@ void pack_rows(const T* from, int64_t stride, int rows, int dim, int words, floa
   for (int r = 0; r < rows; ++r)
     for (int w = 0; w < words; ++w) {
       const int c = w * Dot::PER_WORD;
-      to[r * words + w] = word<Dot>(from + r * stride, c, 1, c + 1 < dim);
+      to[r * words + w] = c < dim ? word<Dot>(from + r * stride, c, 1, c + 1 < dim) : 0.0f;
     }
 }
 
@@ -174,7 +174,7 @@ void pack_keys(const T* from, int64_t stride, int keys, int dim, int words, floa
       const T* key = from + (first + j) * stride;
       for (int w = 0; w < words; ++w) {
         const int c = w * Dot::PER_WORD;
-        to[w * PANEL + j] = inside ? word<Dot>(key, c, 1, c + 1 < dim) : 0.0f;
+        to[w * PANEL + j] = inside && c < dim ? word<Dot>(key, c, 1, c + 1 < dim) : 0.0f;
       }
     }
   }

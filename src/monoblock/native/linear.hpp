@@ -36,13 +36,6 @@ inline void* scratch_of(int64_t bytes) {
   return buffer;
 }
 
-// Converts a row of bf16 to float.
-inline void convert_to_float(const uint16_t* x, int64_t inputs, float* to) {
-  int64_t k = 0;
-  for (; k + LANES <= inputs; k += LANES) store(to + k, from_bf16(load<Halves>(x + k)));
-  for (; k < inputs; ++k) to[k] = from_bf16(x[k]);
-}
-
 // Outputs [first, last) of up to BATCH_ROWS rows; bf16 results are rounded once, from float sums.
 inline void outputs_of(const Matrix& m, const Prepared& p, int rows, void* y, int32_t y_format, int64_t ldy,
                        int64_t first, int64_t last) {
@@ -125,7 +118,7 @@ inline int gemm_amx(const Matrix& m, const X* x, int64_t ldx, int64_t rows, Y* y
     const int64_t count = rows - start < most ? rows - start : most, blocks = (count + SIDE - 1) / SIDE;
     const AmxTasks tasks(m, count, threads);
     AmxInputs in;
-    in.place(scratch, m, count);
+    in.place(scratch, m, count, true);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       const AmxScratch mine(scratch + inputs + thread_number() * own);

@@ -91,6 +91,7 @@ INLINE float bias_of(const Matrix& m, int64_t output) {
 #include "prepare_inputs.hpp"
 #include "gemv_tiles.hpp"
 #include "lossless.hpp"
+#include "float_weights.hpp"
 #include "weight_prefetch.hpp"
 
 namespace matrices {
