@@ -174,10 +174,10 @@ struct AmxScratch {
   float* sums;     // (outputs, rows) of a task
   float *scale, *low;  // (groups of a block, 32 outputs)
   int32_t* integers;   // (2, 4 tiles): sums of two groups
-  float* row;          // weights of an output, decompressed
+  uint16_t* row;       // weights of an output in bf16
 
   static constexpr int64_t BYTES =
-      AMX_DEPTH * 2 * AMX_TILE + AMX_SUMS * 4 + 2 * AMX_DEPTH * 32 * 4 + 8 * AMX_TILE + AMX_DEPTH * AMX_STEP * 2;
+      AMX_DEPTH * 2 * AMX_TILE + AMX_SUMS * 4 + 2 * AMX_DEPTH * 32 * 4 + 8 * AMX_TILE + AMX_DEPTH * AMX_STEP;
 
   explicit AmxScratch(char* at) {
     weights = at, at += AMX_DEPTH * 2 * AMX_TILE;
@@ -185,7 +185,7 @@ struct AmxScratch {
     scale = (float*)at, at += AMX_DEPTH * 32 * 4;
     low = (float*)at, at += AMX_DEPTH * 32 * 4;
     integers = (int32_t*)at, at += 8 * AMX_TILE;
-    row = (float*)at;
+    row = (uint16_t*)at;
   }
 };
 
@@ -324,42 +324,16 @@ inline void amx_codes(const Matrix& m, const AmxOperand& w, const AmxInputs& in,
   scaled(groups - 1);
 }
 
-// Quantised weights of an output, [from, from + steps) runs of 32, rounded to bf16; a run at to + i * apart.
-inline void amx_pack_rounded(const Matrix& m, int64_t output, int64_t from, int64_t steps, char* to, int64_t apart) {
-  const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
-  const int64_t groups = groups_of(m), by_group = m.group / 32;
-  Floats scale = {}, low = {};
-  for (int64_t s = from; s < from + steps; ++s, to += apart) {
-    if (s == from || s % by_group == 0) {
-      const int64_t group = output * groups + s / by_group;
-      scale = all(from_half(m.scale[group])), low = m.low ? all(from_half(m.low[group])) : scale * -128.0f;
-    }
-    // The low nibbles of a run of 128 are its first 64 codes, the high nibbles the others.
-    const uint8_t* at = m.format == INT8 ? codes + s * 32 : codes + s / 4 * 64 + s % 2 * 32;
-    Floats v[2];
-    UNROLL for (int i = 0; i < 2; ++i) {
-      Ints code = (Ints)_mm512_cvtepu8_epi32(load<__m128i>(at + 16 * i));
-      if (m.format == INT4) code = s % 4 < 2 ? code & 15 : code >> 4;
-      v[i] = __builtin_convertvector(code, Floats) * scale + low;
-    }
-    store(to, _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]));
-  }
-}
-
 // Copies the steps [from, from + steps) of 16 outputs from `output` on to tiles `apart` bytes apart. The last output stands in
 // for those beyond the end.
 inline void amx_pack(const Matrix& m, bool codes, int64_t output, int64_t from, int64_t steps, char* to, int64_t apart,
-                     float* row) {
+                     uint16_t* row) {
   const int64_t bytes = row_bytes(m);
   for (int r = 0; r < SIDE; ++r) {
     const int64_t own = output + r < m.outputs ? output + r : m.outputs - 1;
     const char* weights = (const char*)m.data + own * bytes;
     char* at = to + r * AMX_STEP;
-    if (!codes && by_codes(m)) {
-      amx_pack_rounded(m, own, from, steps, at, apart);
-      continue;
-    }
-    if (m.format == INT4) {  // the low nibbles of a run of 128 are its first 64 codes, the high nibbles the others
+    if (codes && m.format == INT4) {  // the low nibbles of a run of 128 are its first 64 codes, the high nibbles the others
       for (int64_t s = from; s < from + steps; s += 2, at += 2 * apart) {
         const Words both = load<Words>(weights + s / 2 * 64);
         store(at, both & 0x0f0f0f0fu);
@@ -368,10 +342,9 @@ inline void amx_pack(const Matrix& m, bool codes, int64_t output, int64_t from, 
       continue;
     }
     int64_t whole = steps;
-    if (m.format == LOSSLESS) {
+    if (!codes && m.format != BF16) {
       const int64_t k = from * SIDE * 2, count = steps * SIDE * 2;
-      weights = (const char*)bf16_weights(m, own, k, m.inputs - k < count ? m.inputs - k : count,
-                                           (uint16_t*)row);
+      weights = (const char*)bf16_weights(m, own, k, m.inputs - k < count ? m.inputs - k : count, row);
     } else {
       weights += from * AMX_STEP;
     }
