@@ -163,6 +163,13 @@ def test_bfloat16_products_with_amx_are_pytorchs(monkeypatch: pytest.MonkeyPatch
     assert native.has_bf16_gemm(8) is not bool(amx) and not native.has_bf16_gemm(7)
     monkeypatch.setattr(native, "_opened", lambda: (library, "avx512", ""))
     assert not native.has_bf16_gemm(8)
+    # With the library's own AMX, it is the faster one for some rows.
+    monkeypatch.setattr(native, "_opened", lambda: (library, "avx512_amx", ""))
+    monkeypatch.setattr(native, "preferred", lambda _: library)
+    weight = made(8, 8, dtype=torch.bfloat16)
+    for rows in (1, linear.FEW_BY_AMX, linear.FEW_BY_AMX + 1):
+        own = linear._fastest(made(rows, 8, dtype=torch.bfloat16), weight, None) is linear._native
+        assert own is (rows <= linear.FEW_BY_AMX)
 
 
 @torch.no_grad()

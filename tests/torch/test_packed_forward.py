@@ -236,7 +236,9 @@ def check_rounded(what: str, module: Any, ids: list[list[int]]) -> None:
         assert relative(found, wanted) < PAIRS, (what, len(row), relative(found, wanted))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("rope, dynamic", "head_dim, odd width")])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in ("rope, dynamic", "head_dim, odd width")]
+)
 def test_every_option_in_bfloat16(case: str) -> None:
     check_rounded(case, mpt_model(case, head_dim=32), sequences(LENGTHS))
 
@@ -250,7 +252,9 @@ def test_every_family_in_bfloat16(name: str) -> None:
     key = {"MptModel": "max_seq_len", "OpenAIGPTModel": "n_positions"}.get(name, "max_position_embeddings")
     for more, lengths in ({}, range(1, 60)), ({key: 700}, (613, 385, 130, 257, 2, 129)):
         module = monoblock_model(name, **{**wide, **more})
-        if name == "GPTNeoModel":  # which does not divide scores by sqrt(head_dim): of one key, they would be most of all
+        if (
+            name == "GPTNeoModel"
+        ):  # which does not divide scores by sqrt(head_dim): of one key, they would be most of all
             for layer in module.h:
                 layer.attn.attention.q_proj.weight.data /= 32**0.5
         check_rounded(name, module, sequences(lengths))

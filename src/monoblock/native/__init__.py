@@ -20,7 +20,10 @@ from monoblock.native import abi
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
 VARIABLE = "MONOBLOCK_NATIVE"
-DOT_PRODUCTS = ("avx512_vnni_bf16", "avx512_amx")  # levels with dot products of 8-bit integers and of bfloat16
+DOT_PRODUCTS = (
+    "avx512_vnni_bf16",
+    "avx512_amx",
+)  # levels with dot products of 8-bit integers and of bfloat16
 SERIAL = "built without OpenMP: single-threaded"
 
 
@@ -56,7 +59,7 @@ def has_int8_gemm() -> bool:
 
 
 def has_bf16_gemm(inputs: int) -> bool:
-    """Whether bfloat16 products with many rows of `inputs` columns use the native GEMM (AVX-512 BF16 or AMX)."""
+    """Whether the library has a GEMM (AVX-512 BF16 or AMX) for bfloat16 products with many rows of `inputs` columns."""
     return level() == "avx512_amx" or (
         level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not only_torch_has_amx()
     )

@@ -46,12 +46,8 @@ class AmxTiles {
 
 inline bool by_codes(const Matrix& m) { return m.format == INT8 || m.format == INT4; }
 
-// Rows of inputs from which the products use AMX.
-inline int64_t amx_rows(const Matrix& m) {
-  static const char* chosen = getenv("MB_AMX_ROWS");
-  return m.format == F32 ? INT64_MAX : chosen ? atoi(chosen) : 4;
-}
-
+// Rows of inputs from which the products use AMX: with fewer, tiles of registers read quantised weights faster.
+inline int64_t amx_rows(const Matrix& m) { return m.format == F32 ? INT64_MAX : m.format == BF16 ? 4 : 9; }
 
 // Words of two values each, rounded to bf16.
 INLINE Words amx_pair(Floats low, Floats high) {
@@ -357,6 +353,21 @@ inline void amx_pack(const Matrix& m, bool codes, int64_t output, int64_t from, 
   }
 }
 
+// The scales or lows of a group of 32 outputs as float32. The last output stands in for those beyond the end.
+inline void amx_halves(const Matrix& m, const uint16_t* from, int64_t output, int64_t groups, int64_t group, float* to) {
+  alignas(64) uint16_t half[2 * SIDE];
+  from += output * groups + group;
+  if (output + 2 * SIDE <= m.outputs) {
+    UNROLL for (int o = 0; o < 2 * SIDE; ++o, from += groups) half[o] = *from;
+  } else {
+    for (int o = 0; o < 2 * SIDE; ++o) {
+      half[o] = *from;
+      if (output + o + 1 < m.outputs) from += groups;
+    }
+  }
+  for (int i = 0; i < 2; ++i) store(to + i * SIDE, _mm512_cvtph_ps(load<__m256i>(half + i * SIDE)));
+}
+
 // Whether tiles of these weights can be loaded from where they are, for a block of 32 outputs: where lines of several rows
 // share a set of L1, they evict each other before the next rows of inputs need them.
 inline bool amx_in_place(const Matrix& m, bool codes, int64_t rows) {
@@ -374,45 +385,48 @@ inline void amx_sums(const Matrix& m, int64_t first, int64_t count, const AmxInp
   // A whole number of runs of 128 codes.
   const int64_t each = round_up((in.steps + depth_blocks - 1) / depth_blocks, 4), bytes = row_bytes(m);
   const int64_t last = first + count < m.outputs ? first + count : m.outputs;
-  for (int64_t k = 0; k < in.steps; k += each) {
+  const auto multiply = [&](int64_t output, int64_t k) {
     const int64_t steps = in.steps - k < each ? in.steps - k : each;
-    for (int64_t output = first; output < last; output += 2 * SIDE) {
-      AmxOperand w = {s.weights, 2 * AMX_TILE, AMX_TILE, AMX_STEP};
-      if (in_place && output + 2 * SIDE <= m.outputs) {
-        w = {(const char*)m.data + output * bytes + k * AMX_STEP, AMX_STEP, SIDE * bytes, bytes};
-      } else {
-        amx_pack(m, codes, output, k, steps, s.weights, 2 * AMX_TILE, s.row);
-        amx_pack(m, codes, output + SIDE, k, steps, s.weights + AMX_TILE, 2 * AMX_TILE, s.row);
-      }
-      const int64_t group = codes ? k * AMX_STEP / m.group : 0, groups = codes ? steps * AMX_STEP / m.group : 0;
-      for (int64_t g = 0; g < groups; ++g)
-        for (int o = 0; o < 2 * SIDE; ++o) {
-          const int64_t row = output + o < m.outputs ? output + o : m.outputs - 1, at = row * in.groups + group + g;
-          s.scale[g * 32 + o] = from_half(m.scale[at]);
-          s.low[g * 32 + o] = m.low ? from_half(m.low[at]) : 0.0f;
-        }
-      // The weights that are multiplied next are prefetched, a row per pair of blocks.
-      AmxPrefetch prefetch;
-      if (blocks > 2) {
-        if (output + 2 * SIDE < last)
-          prefetch = AmxPrefetch(m, codes, output + 2 * SIDE, k, steps, blocks);
-        else if (k + each < in.steps)
-          prefetch = AmxPrefetch(m, codes, first, k + each, each, blocks);
-        else if (next < m.outputs)
-          prefetch = AmxPrefetch(m, codes, next, 0, each, blocks);
-      }
-      for (int64_t b = 0; b < blocks; b += 2) {
-        float* sums = s.sums + (output - first) * ld + b * SIDE;
-        const AmxOperand x = {in.tiles + ((block + b) * in.steps + k) * AMX_TILE, AMX_TILE, in.steps * AMX_TILE, AMX_STEP};
-        if (codes)
-          b + 1 < blocks ? amx_codes<2, 2>(m, w, in, block + b, group, groups, s, sums, ld, prefetch)
-                         : amx_codes<2, 1>(m, w, in, block + b, group, groups, s, sums, ld, prefetch);
-        else
-          b + 1 < blocks ? amx_floats<2, 2>(w, x, steps, sums, ld, !k, prefetch)
-                         : amx_floats<2, 1>(w, x, steps, sums, ld, !k, prefetch);
-      }
+    AmxOperand w = {s.weights, 2 * AMX_TILE, AMX_TILE, AMX_STEP};
+    if (in_place && output + 2 * SIDE <= m.outputs) {
+      w = {(const char*)m.data + output * bytes + k * AMX_STEP, AMX_STEP, SIDE * bytes, bytes};
+    } else {
+      amx_pack(m, codes, output, k, steps, s.weights, 2 * AMX_TILE, s.row);
+      amx_pack(m, codes, output + SIDE, k, steps, s.weights + AMX_TILE, 2 * AMX_TILE, s.row);
     }
-  }
+    const int64_t group = codes ? k * AMX_STEP / m.group : 0, groups = codes ? steps * AMX_STEP / m.group : 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      amx_halves(m, m.scale, output, in.groups, group + g, s.scale + g * 2 * SIDE);
+      if (m.low) amx_halves(m, m.low, output, in.groups, group + g, s.low + g * 2 * SIDE);
+    }
+    // The weights that are multiplied next are prefetched.
+    AmxPrefetch prefetch;
+    if (blocks > 2) {
+      if (output + 2 * SIDE < last)
+        prefetch = AmxPrefetch(m, codes, output + 2 * SIDE, k, steps, blocks);
+      else if (k + each < in.steps)
+        prefetch = AmxPrefetch(m, codes, first, k + each, each, blocks);
+      else if (next < m.outputs)
+        prefetch = AmxPrefetch(m, codes, next, 0, each, blocks);
+    }
+    for (int64_t b = 0; b < blocks; b += 2) {
+      float* sums = s.sums + (output - first) * ld + b * SIDE;
+      const AmxOperand x = {in.tiles + ((block + b) * in.steps + k) * AMX_TILE, AMX_TILE, in.steps * AMX_TILE, AMX_STEP};
+      if (codes)
+        b + 1 < blocks ? amx_codes<2, 2>(m, w, in, block + b, group, groups, s, sums, ld, prefetch)
+                       : amx_codes<2, 1>(m, w, in, block + b, group, groups, s, sums, ld, prefetch);
+      else
+        b + 1 < blocks ? amx_floats<2, 2>(w, x, steps, sums, ld, !k, prefetch)
+                       : amx_floats<2, 1>(w, x, steps, sums, ld, !k, prefetch);
+    }
+  };
+  // Many rows read a block of weights from L1. For few rows weights are read in the order of memory.
+  if (blocks * SIDE > AMX_STREAMED_ROWS)
+    for (int64_t k = 0; k < in.steps; k += each)
+      for (int64_t output = first; output < last; output += 2 * SIDE) multiply(output, k);
+  else
+    for (int64_t output = first; output < last; output += 2 * SIDE)
+      for (int64_t k = 0; k < in.steps; k += each) multiply(output, k);
 }
 
 // The tasks of a product by AMX: `rows` of inputs and `outputs` each.

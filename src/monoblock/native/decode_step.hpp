@@ -96,10 +96,18 @@ class Run {
       const int64_t most = std::max(std::max(m.width, m.mlp_width), m.heads * m.head_dim);
       char* scratch = arena.take<char>(prepared_bytes(most, run.count));
       if (arena.base) prepared = prepared_in(scratch, most, run.count);
+#if defined(__AMX_TILE__)
+      inputs = arena.take<char>(matrices::AmxInputs::bytes(most, run.count));
+      tiles = arena.take<char>(matrices::AmxScratch::BYTES);
+#endif
     }
     const int thread;
     float *h, *wide, *query, *scores, *block;
     Prepared prepared;
+#if defined(__AMX_TILE__)
+    matrices::AmxInputs operands;
+    char *inputs, *tiles;  // of `operands`; AmxScratch
+#endif
     WeightPrefetch next;
   };
 
@@ -183,7 +191,23 @@ class Run {
       project(adapters, from, step, own);
       own.next = later;
     }
+#if defined(__AMX_TILE__)
+    if (by_tiles(w)) {
+      own.operands.place(own.inputs, w, count, false);
+      for (int64_t block = 0; block * LANES < count; ++block) own.operands.prepare(w, from, step, count, block);
+      return;
+    }
+#endif
     prepare(w, from, step, count, own.prepared);
+  }
+
+  // Whether the product with W uses AMX: with fewer rows, tiles of registers are as fast.
+  bool by_tiles([[maybe_unused]] const Matrix& w) const {
+#if defined(__AMX_TILE__)
+    return w.format == matrices::BF16 && count >= matrices::amx_rows(w);
+#else
+    return false;
+#endif
   }
 
   // low (tokens, ranks) = A x of all adapters, concatenated.
@@ -205,6 +229,19 @@ class Run {
   // y = W x + adapters for the outputs [first, last), after `inputs_of`.
   void product(const Matrix& w, const Adapters& adapters, float* y, int64_t y_stride, int64_t first, int64_t last,
                Own& own) {
+#if defined(__AMX_TILE__)
+    if (by_tiles(w)) {
+      const matrices::AmxScratch scratch(own.tiles);
+      const int64_t ld = round_up(count, LANES) + LANES;
+      const int64_t part = matrices::AMX_SUMS / ld / 32 * 32;  // outputs whose sums fit the scratch
+      for (int64_t o = first; o < last; o += part) {
+        const int64_t outputs = std::min(part, last - o);
+        matrices::amx_sums(w, o, outputs, own.operands, 0, (count + LANES - 1) / LANES, scratch, ld, w.outputs);
+        matrices::amx_store(w, o, outputs, scratch.sums, ld, count, y, y_stride);
+      }
+      return add_low_rank(adapters, low, ranks, count, y, y_stride, first, last);
+    }
+#endif
     multiply(w, own.prepared, count, y, y_stride, first, last);
     add_low_rank(adapters, low, ranks, count, y, y_stride, first, last);
   }

@@ -58,7 +58,11 @@ class PagedRun {
     inner = arena.take<float>(count * wide_stride);
     angles = arena.take<float>(count * m.rotary_dim);
     most_inputs = std::max(std::max(m.width, m.mlp_width), inner_width);
-    inputs = arena.take<char>(prepared_bytes(most_inputs, count));
+    int64_t bytes = prepared_bytes(most_inputs, count);
+#if defined(__AMX_TILE__)
+    bytes = std::max(bytes, matrices::AmxInputs::bytes(most_inputs, count));
+#endif
+    inputs = arena.take<char>(bytes);
     ranks = largest_rank(m);
     low = arena.take<float>(count * ranks);
     own = arena.take<char>(s.threads * own_bytes());
@@ -110,10 +114,17 @@ class PagedRun {
       values = arena.take<float>(rows * (run.padded + 2));
       block = arena.take<float>(BLOCK_TOKENS * run.padded);
       together = arena.take<float>(run.inner_width);
+#if defined(__AMX_TILE__)
+      tiles = arena.take<char>(matrices::AmxScratch::BYTES);
+#endif
     }
     const int thread;
     float *query, *scores, *values, *block, *together;
     Prepared prepared;
+#if defined(__AMX_TILE__)
+    matrices::AmxInputs operands;
+    char* tiles;  // AmxScratch
+#endif
   };
 
   int64_t own_bytes() const {
@@ -149,7 +160,7 @@ class PagedRun {
     Prepared& p = mine.prepared;
     phase(mine, rows, [&](int64_t t) {
       before(t);
-      prepare_row(w, from, step, t, p);
+      if (!by_tiles(w)) prepare_row(w, from, step, t, p);
       float* to = low + t * ranks;
       for (const LowRank* term = adapters.terms; term < adapters.terms + adapters.count; ++term)
         typed(term->a.format == matrices::BF16, term->a.data, [&](auto* weight) {
@@ -157,37 +168,64 @@ class PagedRun {
             *to++ = dot(weight + r * term->a.inputs, from + t * step, term->a.inputs);
         });
     });
+#if defined(__AMX_TILE__)
+    if (!by_tiles(w)) return;
+    mine.operands.place(inputs, w, rows, false);
+    phase(mine, (rows + LANES - 1) / LANES, [&](int64_t block) { mine.operands.prepare(w, from, step, rows, block); });
+#endif
   }
 
-  // Calls `work(first, last)` for chunks of the outputs: long ones for few rows, for the hardware prefetcher.
+  // Whether products with W use AMX, for any number of rows: their sums have an order of their own.
+  static bool by_tiles([[maybe_unused]] const Matrix& w) {
+#if defined(__AMX_TILE__)
+    return w.format == matrices::BF16;
+#else
+    return false;
+#endif
+  }
+
+  // to = W x + adapters; calls `work(row, end, first, last)` for parts of the rows and outputs when they are computed.
   template <class F>
-  void for_outputs(int64_t outputs, int64_t rows, Own& mine, F work) {
-    const int64_t chunk = rows > FEW ? CHUNK_OUTPUTS : round_up(outputs / (2 * s.threads) + 1, 16);
-    phase(mine, (outputs + chunk - 1) / chunk, [&](int64_t i) { work(i * chunk, std::min((i + 1) * chunk, outputs)); });
-  }
-
-  // to = W x + adapters for the outputs [first, last).
-  void multiplied(const Matrix& w, const Adapters& adapters, int64_t rows, float* to, int64_t to_stride, int64_t first,
-                  int64_t last, Own& mine) {
-    multiply_rows(w, mine.prepared, rows, to, to_stride, first, last);
-    add_low_rank(adapters, low, ranks, rows, to, to_stride, first, last);
+  void multiply(const Matrix& w, const Adapters& adapters, int64_t rows, float* to, int64_t to_stride, Own& mine, F work) {
+    const auto finish = [&](int64_t row, int64_t end, int64_t first, int64_t last) {
+      add_low_rank(adapters, low + row * ranks, ranks, end - row, to + row * to_stride, to_stride, first, last);
+      work(row, end, first, last);
+    };
+#if defined(__AMX_TILE__)
+    if (by_tiles(w)) {
+      const matrices::AmxTasks tasks(w, rows, s.threads);
+      const matrices::AmxScratch scratch(mine.tiles);
+      return phase(mine, tasks.count(), [&](int64_t task) {
+        const int64_t first = task % tasks.panels * tasks.outputs, row = task / tasks.panels * tasks.rows;
+        const int64_t end = std::min(row + tasks.rows, rows), blocks = (end - row + LANES - 1) / LANES;
+        matrices::amx_sums(w, first, tasks.outputs, mine.operands, row / LANES, blocks, scratch, tasks.ld,
+                           first + s.threads * tasks.outputs);
+        matrices::amx_store(w, first, tasks.outputs, scratch.sums, tasks.ld, end - row, to + row * to_stride, to_stride);
+        finish(row, end, first, std::min(first + tasks.outputs, w.outputs));
+      });
+    }
+#endif
+    // Long parts of the outputs for few rows, for the hardware prefetcher.
+    const int64_t chunk = rows > FEW ? CHUNK_OUTPUTS : round_up(w.outputs / (2 * s.threads) + 1, 16);
+    phase(mine, (w.outputs + chunk - 1) / chunk, [&](int64_t i) {
+      const int64_t first = i * chunk, last = std::min(first + chunk, w.outputs);
+      multiply_rows(w, mine.prepared, rows, to, to_stride, first, last);
+      finish(0, rows, first, last);
+    });
   }
 
   // to = W norm(x).
   void product(const Matrix& w, const Adapters& adapters, const NormWeights& norm, float* to, int64_t to_stride, Own& mine) {
     inputs_of(w, adapters, h, h_stride, count, mine,
               [&](int64_t t) { normed(norm, m.bf16, x + t * m.width, m.width, h + t * h_stride); });
-    for_outputs(w.outputs, count, mine, [&](int64_t first, int64_t last) {
-      multiplied(w, adapters, count, to, to_stride, first, last, mine);
-    });
+    multiply(w, adapters, count, to, to_stride, mine, [](int64_t, int64_t, int64_t, int64_t) {});
   }
 
   // x = norm(x + W in).
   void add(const Matrix& w, const Adapters& adapters, const float* in, int64_t step, const NormWeights& norm, Own& mine) {
     inputs_of(w, adapters, in, step, count, mine, [](int64_t) {});
-    for_outputs(m.width, count, mine, [&](int64_t first, int64_t last) {
-      multiplied(w, adapters, count, y, m.width, first, last, mine);
-      for (int64_t t = 0; t < count; ++t)
+    multiply(w, adapters, count, y, m.width, mine, [&](int64_t row, int64_t end, int64_t first, int64_t last) {
+      for (int64_t t = row; t < end; ++t)
         for (int64_t i = first; i < last; ++i) x[t * m.width + i] += y[t * m.width + i];
     });
     if (norm.kind)
@@ -207,15 +245,15 @@ class PagedRun {
   void head(Own& mine) {
     inputs_of(m.head, m.head_adapters, h, h_stride, s.outputs, mine, [](int64_t) {});
     const int64_t vocabulary = m.head.outputs;
-    for_outputs(vocabulary, s.outputs, mine, [&](int64_t first, int64_t last) {
-      multiplied(m.head, m.head_adapters, s.outputs, s.logits, vocabulary, first, last, mine);
-      for (int64_t t = 0; t < s.outputs; ++t)
+    const auto finish = [&](int64_t row, int64_t end, int64_t first, int64_t last) {
+      for (int64_t t = row; t < end; ++t)
         if (m.logit_scale != 1 || m.logit_softcap != 0)
           each(s.logits + t * vocabulary + first, last - first, [&](Floats v) {
             v *= m.logit_scale;
             return m.logit_softcap != 0 ? m.logit_softcap * tanh(v / m.logit_softcap) : v;
           });
-    });
+    };
+    multiply(m.head, m.head_adapters, s.outputs, s.logits, vocabulary, mine, finish);
   }
 
   // ------------------------------------------------------------------ the cache
