@@ -80,7 +80,7 @@ def check_contents(wheel: Path) -> None:
     """Every level of kernels, the embedded model and the type stub are inside; nothing that does not belong there."""
     names = zipfile.ZipFile(wheel).namelist()
     if platform.machine() == "x86_64":
-        levels = ("base", "avx2", "avx512", "avx512_vnni_bf16")
+        levels = ("base", "avx2", "avx512", "avx512_vnni_bf16", "avx512_amx")
     else:
         levels = ("base",)
     wanted = [f"monoblock/native/kernels_{level}.so" for level in levels]

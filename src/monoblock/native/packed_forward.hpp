@@ -68,7 +68,7 @@ class PackedRun {
     attended = arena.take<float>(most * inner_width);
     inner = arena.take<float>(most * wide);
     angles = arena.take<float>(most * m.rotary_dim);
-    inputs = arena.take<char>(PanelInputs::bytes(most_inputs(), most));
+    inputs = arena.take<char>(PanelInputs::bytes(most_inputs(m), most));
     own = arena.take<char>(c.threads * own_bytes());
   }
 
@@ -91,7 +91,7 @@ class PackedRun {
   // A thread's private memory.
   struct Own {
     Own(int number, Arena& arena, const ModelWeights& m, const PackedForward& c)
-        : thread(number), panel(arena), together(arena.take<float>(m.heads * m.head_dim)) {
+        : thread(number), panel(arena, most_inputs(m)), together(arena.take<float>(m.heads * m.head_dim)) {
       if (!arena.base) return;
       call.alibi_slopes = m.alibi_slopes, call.relative = c.relative;
       call.relative_stride = c.relative_stride, call.relative_center = c.relative_center;
@@ -104,7 +104,9 @@ class PackedRun {
     prompt::AttentionCall call = {};
   };
 
-  int64_t most_inputs() const { return std::max(std::max(m.width, m.mlp_width), inner_width); }
+  static int64_t most_inputs(const ModelWeights& m) {
+    return std::max(std::max(m.width, m.mlp_width), m.heads * m.head_dim);
+  }
 
   int64_t own_bytes() const {
     Arena measure(nullptr);

@@ -3,8 +3,8 @@
 //
 // Weights are packed so that a vector holds one input's weights of LANES outputs. In general they become float32. Quantised
 // weights become 16-bit integers with AVX2, where a multiply-add of pairs does twice the work of a float32 one; inputs are
-// rounded to 16 bits for each group. With AVX-512 BF16, the kernel of gemm_bf16.hpp multiplies inputs and weights in bf16. (Inputs
-// in 8 bits, as in gemm_int8.hpp, would be faster, but change which texts are nearest: docs/embeddings.md.)
+// rounded to 16 bits for each group. With AVX-512 VNNI or BF16, the kernels of gemm_int8.hpp and gemm_bf16.hpp multiply inputs
+// in 8 bits or in bf16. With AMX, quantised weights become bf16 too, for the sake of accuracy: see amx_forward.hpp.
 #pragma once
 
 #include "matrix.hpp"
@@ -18,9 +18,17 @@ constexpr int64_t PANEL_ROWS = 384;   // rows whose sums a thread holds: 96 KB
 constexpr int TILE_ROWS = 6, TILE_VECTORS = LANES == 16 ? 4 : 2;  // a register tile
 constexpr int TILE_OUTPUTS = TILE_VECTORS * LANES;
 
-// Whether products with this matrix read inputs in 16-bit integers, or in bf16.
+// Whether products with this matrix read inputs in 8 bits, in 16 bits, or in bf16.
+inline bool reads_int8(const Matrix& m) {
+#if defined(__AVX512VNNI__) && !defined(__AMX_TILE__)
+  return m.format == INT8 || m.format == INT4;
+#else
+  return m.format < 0;
+#endif
+}
+
 inline bool reads_int16(const Matrix& m) {
-#if defined(__AVX2__) && !defined(__AVX512BF16__)
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
   return m.format == INT8 || m.format == INT4;
 #else
   return m.format < 0;
@@ -29,7 +37,7 @@ inline bool reads_int16(const Matrix& m) {
 
 inline bool reads_bf16(const Matrix& m) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
-  return m.format != F32 && m.inputs % 2 == 0;
+  return m.format != F32 && !reads_int8(m) && m.inputs % 2 == 0;
 #else
   return m.format < 0;
 #endif
@@ -39,7 +47,7 @@ inline bool reads_bf16(const Matrix& m) {
 struct PanelInputs {
   const float* x;
   int64_t ldx, rows;
-  Prepared codes = {};       // scales and sums of the groups, for reads_int16
+  Prepared codes = {};       // for reads_int8; for reads_int16 only its scales and sums
   int16_t* words = nullptr;  // (rows, padded), for reads_int16
   uint16_t* bf16 = nullptr;  // (rows, inputs), for reads_bf16
 
@@ -57,14 +65,15 @@ struct PanelInputs {
     codes.padded = round_up(m.inputs, RUN), codes.blocks = round_up(codes.padded / BLOCK, 16);
     codes.q_scale = (float*)at, at += rows * codes.blocks * 4;
     codes.q_sum = (float*)at, at += rows * codes.blocks * 4;
-    words = (int16_t*)at;
+    codes.q = (int8_t*)at, words = (int16_t*)at;
   }
 
   // Whether `prepare_row` must be called for each row.
-  static bool needed(const Matrix& m) { return reads_int16(m) || reads_bf16(m); }
+  static bool needed(const Matrix& m) { return reads_int8(m) || reads_int16(m) || reads_bf16(m); }
 
   // Converts one row to the form that the product reads.
   void prepare_row(const Matrix& m, int64_t row) {
+    if (reads_int8(m)) quantise_row(x + row * ldx, row, m, codes);
     if (reads_int16(m)) round_row(m, row);
     if (reads_bf16(m)) round_to_bf16(x + row * ldx, m.inputs, bf16 + row * m.inputs, m.inputs);
   }
@@ -86,26 +95,31 @@ struct PanelInputs {
 // PANEL_OUTPUTS).
 struct PanelScratch {
   float *weights, *scales, *lows, *rows, *sums;
-  char* other;  // of the kernel for bf16
+  char* other;  // of the kernels for int8 and bf16
   const Matrix* packed = nullptr;
   int64_t packed_first = -1, packed_k = -1;  // what `weights` holds
 
-  static int64_t other_bytes() {
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
-    return PackedBlock::BYTES + 64;
-#else
-    return 0;
+  static int64_t other_bytes([[maybe_unused]] int64_t inputs) {
+    int64_t bytes = 64;
+#if defined(__AVX512VNNI__)
+    const int64_t padded = round_up(inputs, RUN);
+    bytes = PANEL_OUTPUTS * (padded + padded / BLOCK * 8) + 128;
 #endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+    if (bytes < PackedBlock::BYTES + 64) bytes = PackedBlock::BYTES + 64;
+#endif
+    return bytes;
   }
 
+  // Takes the scratch for matrices of up to `inputs` inputs from an arena.
   template <class Arena>
-  explicit PanelScratch(Arena& arena) {
+  PanelScratch(Arena& arena, int64_t inputs) {
     weights = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH);
     scales = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH / BLOCK);
     lows = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH / BLOCK);
     rows = arena.template take<float>(LANES * PANEL_DEPTH);
     sums = arena.template take<float>(PANEL_ROWS * PANEL_OUTPUTS);
-    other = arena.template take<char>(other_bytes());
+    other = arena.template take<char>(other_bytes(inputs));
   }
 };
 
@@ -166,7 +180,7 @@ inline void multiply_tiles(const float* weights, const float* x, int64_t ldx, in
     }
 }
 
-#if defined(__AVX2__) && !defined(__AVX512BF16__)
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
 // As `pack_floats`, pairs of 16-bit integers in words: (PANEL_OUTPUTS / TILE_OUTPUTS, count / 2, TILE_OUTPUTS); with scales and
 // lows (groups, PANEL_OUTPUTS). `count` is a multiple of RUN, with the row's padding.
 inline void pack_words(const Matrix& m, int64_t first, int64_t k, int64_t count, const PanelScratch& scratch) {
@@ -262,6 +276,16 @@ inline void multiply_words(const Matrix& m, const PanelInputs& in, int64_t row, 
 // with the bias. Columns beyond the last output are undefined.
 inline void panel_sums(const Matrix& m, const PanelInputs& in, int64_t first, int64_t row, int64_t count,
                        PanelScratch& scratch) {
+#if defined(__AVX512VNNI__)
+  if (reads_int8(m)) {
+    const PackedPanel packed(scratch.other, m);
+    if (scratch.packed != &m || scratch.packed_first != first) pack_panel(m, first, packed);
+    scratch.packed = &m, scratch.packed_first = first, scratch.packed_k = 0;
+    Prepared own = in.codes;
+    own.q += row * own.padded, own.q_scale += row * own.blocks, own.q_sum += row * own.blocks;
+    return packed_rows(m, packed, first, own, count, scratch.sums - first, F32, PANEL_OUTPUTS);
+  }
+#endif
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
   if (reads_bf16(m)) {
     const PackedBlock packed((char*)round_up((int64_t)scratch.other, 64));
@@ -276,7 +300,7 @@ inline void panel_sums(const Matrix& m, const PanelInputs& in, int64_t first, in
     const int64_t depth = inputs - k < PANEL_DEPTH ? inputs - k : PANEL_DEPTH;
     const bool packed = scratch.packed == &m && scratch.packed_first == first && scratch.packed_k == k;
     scratch.packed = &m, scratch.packed_first = first, scratch.packed_k = k;
-#if defined(__AVX2__) && !defined(__AVX512BF16__)
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
     if (words) {
       if (!packed) pack_words(m, first, k, depth, scratch);
       multiply_words(m, in, row, count, k, depth, scratch);
