@@ -63,6 +63,14 @@ class Training(keras.Model):
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
+    def make_train_function(self, force: bool = False) -> Any:
+        """Keras's method; the optimizer is built before the step is traced, which its new variables would do twice."""
+        optimizer = self.optimizer
+        if self.built and optimizer is not None and not optimizer.built:
+            with self.distribute_strategy.scope(), keras.name_scope(optimizer.name, caller=optimizer):
+                optimizer.build(self.trainable_variables)
+        return super().make_train_function(force)
+
     # This code is written for graphs: AutoGraph would only convert it again, slowly.
 
     @plain
