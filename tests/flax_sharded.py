@@ -1,11 +1,12 @@
 """Sharded JAX models on eight devices, compared with one device. Runs in its own process and prints JSON.
 
-python flax_sharded.py families          each family on a 2 x 4 mesh with explicit axes
-python flax_sharded.py meshes FOLDER     other meshes; FOLDER is for a checkpoint
+python flax_sharded.py FOLDER     "families": each one on a 2 x 4 mesh with explicit axes; "meshes": other meshes;
+                                  FOLDER is for a checkpoint
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -42,6 +43,18 @@ def loss_and_gradients(model: Any, shardings: Any = None) -> Any:
     return jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, shardings))
 
 
+def inputs_of(name: str) -> dict[str, np.ndarray]:
+    return batch(padded=name != "FlaxFuyuForCausalLM")
+
+
+@functools.cache
+def on_one_device(name: str) -> tuple[Any, Any]:
+    """Logits and gradients."""
+    model = tiny(name, shallow=True)
+    (_, logits), gradients = loss_and_gradients(model)(model.params, inputs_of(name))
+    return logits, gradients
+
+
 def shapes(tree: Any) -> dict[str, tuple[list[int], list[int]]]:
     """Leaf -> its shape, and that of its shard on one device."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -56,9 +69,7 @@ def shapes(tree: Any) -> dict[str, tuple[list[int], list[int]]]:
 
 def compared(name: str) -> dict[str, Any]:
     model, mesh = tiny(name, shallow=True), jax.make_mesh((2, 4), AXES, axis_types=(AxisType.Explicit,) * 2)
-    inputs = batch(padded=name != "FlaxFuyuForCausalLM")
-    params, step = model.params, loss_and_gradients(model)
-    (_, logits), gradients = step(params, inputs)
+    inputs, (logits, gradients) = inputs_of(name), on_one_device(name)
     step = loss_and_gradients(model, model.param_shardings(mesh))
     sharded, rows = model.shard_params(mesh), model.shard_batch(inputs, mesh)
     (_, ours), split = step(sharded, rows)
@@ -104,8 +115,8 @@ def mapped() -> dict[str, float]:
 
 def fully_sharded(name: str, kind: AxisType) -> dict[str, Any]:
     """A training step on 2 x 2 x 2 devices with parameters sharded by FSDP in addition to tensor parallelism."""
-    model, inputs = tiny(name, shallow=True), batch()
-    optimizer = optax.sgd(0.1, momentum=0.9)
+    model, inputs, rate = tiny(name, shallow=True), inputs_of(name), 0.1
+    optimizer = optax.sgd(rate, momentum=0.9)
 
     @jax.jit
     def step(params: Any, state: Any, inputs: Any) -> Any:
@@ -117,7 +128,8 @@ def fully_sharded(name: str, kind: AxisType) -> dict[str, Any]:
         updates, state = optimizer.update(gradients, state, params)
         return out.logits, out.hidden_states[1], optax.apply_updates(params, updates), state
 
-    logits, _, after, state = step(model.params, optimizer.init(model.params), inputs)
+    logits, gradients = on_one_device(name)
+    after = jax.tree.map(lambda x, g: np.asarray(x) - rate * np.asarray(g), model.params, gradients)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(kind,) * 3)
     params = model.shard_params(mesh, fsdp_axis="fsdp")
     initial = optimizer.init(params)
@@ -125,7 +137,7 @@ def fully_sharded(name: str, kind: AxisType) -> dict[str, Any]:
     ours, hidden, new_params, new_state = step(params, initial, rows)
     return {
         "logits": largest(ours, logits),
-        "gradients": largest(new_state[0].trace, state[0].trace),
+        "gradients": largest(new_state[0].trace, gradients),  # the first momentum
         "parameters": largest(new_params, after),
         "shapes": shapes(params),
         "first_moments": shapes(initial[0].trace),
@@ -234,8 +246,5 @@ def meshes(folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "families":
-        found = {name: compared(name) for name in MODELS} | {"shard_map": mapped()}
-    else:
-        found = meshes(sys.argv[2])
-    print(json.dumps(found), file=sys.stdout)
+    families = {name: compared(name) for name in MODELS} | {"shard_map": mapped()}
+    print(json.dumps({"families": families, "meshes": meshes(sys.argv[1])}), file=sys.stdout)

@@ -33,30 +33,16 @@ VOCABULARY = tuple(f".{x}.embedding" for x in ("wte", "embed_tokens", "tokens_em
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Comparisons of eight virtual devices with one, by two concurrent scripts (about 20 s each, all compilation)."""
+    """Comparisons of eight virtual devices with one, by a script (about 20 s, all compilation)."""
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    folder = tmp_path_factory.mktemp("meshes")
-    script, pipe = str(TESTS / "flax_sharded.py"), subprocess.PIPE
-    processes = {
-        part: subprocess.Popen(
-            [sys.executable, script, part, str(folder)], env=env, stdout=pipe, stderr=pipe, text=True
-        )
-        for part in ("families", "meshes")
-    }
-    found: dict[str, Any] = {}
-    try:
-        for part, process in processes.items():
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-            found[part] = json.loads(output)
-    finally:
-        for process in processes.values():
-            process.kill()
-    return found
+    command = [sys.executable, str(TESTS / "flax_sharded.py"), str(tmp_path_factory.mktemp("meshes"))]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
