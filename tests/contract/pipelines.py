@@ -26,6 +26,8 @@ class PipelinesContract:
     cpu: Any
     # Class -> settings of its pipeline in `test_answers_equal_pytorchs`.
     settings: ClassVar[dict[str, dict[str, Any]]] = {}
+    # Settings of the pipeline in `test_sampling_varies_unless_a_seed_is_given`.
+    sampling: ClassVar[dict[str, Any]] = {}
     # As `REFUSED`, of this framework.
     invalid: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -46,7 +48,7 @@ class PipelinesContract:
         assert_equivalent(*image_outputs(self.framework, tmp_path, disable_compile=True))
 
     def test_sampling_varies_unless_a_seed_is_given(self) -> None:
-        options = {"max_new_tokens": 8, "return_full_text": False}
+        options = {"max_new_tokens": 8, "return_full_text": False, **self.sampling}
         pipe = pipeline("text-generation", framework=self.framework, **options)
         assert type(pipe.model).__name__ == f"{self.prefix}MptForCausalLM"
         [[one], [other]] = pipe("def "), pipe("def ")

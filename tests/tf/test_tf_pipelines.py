@@ -16,6 +16,7 @@ class TestPipelines(PipelinesContract):
     devices, cpu = (None, -1, 0, "cpu", "CPU:0", "/device:CPU:0"), "CPU:0"
     # XLA takes seconds per program: one of the generating models uses it.
     settings: ClassVar = {"OpenAIGPTLMHeadModel": {"disable_compile": True}}
+    sampling: ClassVar = {"disable_compile": True}
 
     def weight_dtypes(self, model: Any) -> set[Any]:
         return {weight.dtype for weight in model.trainable_variables}
