@@ -14,7 +14,7 @@ namespace matrices {
 
 constexpr int64_t AMX_STEP = 64;           // bytes of a row of a tile: 32 weights in bf16, 64 codes
 constexpr int64_t AMX_TILE = SIDE * 64;    // bytes of a tile
-constexpr int64_t AMX_DEPTH = 8;          // steps of a block of weights: 32 KB for 32 outputs, in L1
+constexpr int64_t AMX_DEPTH = 8;           // steps of a block of weights: 16 KB for 32 outputs, in L1
 constexpr int64_t AMX_ROWS = 512;          // rows of inputs of a task
 constexpr int64_t AMX_OUTPUTS = 256;       // outputs of a task, at most
 constexpr int64_t AMX_SUMS = AMX_OUTPUTS * (AMX_ROWS + SIDE);  // 528 KB, in L2
