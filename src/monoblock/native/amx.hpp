@@ -382,7 +382,7 @@ inline void amx_sums(const Matrix& m, int64_t first, int64_t count, const AmxInp
   const AmxTiles configured;
   const bool codes = in.codes, in_place = amx_in_place(m, codes, blocks * SIDE);
   const int64_t depth_blocks = (in.steps + AMX_DEPTH - 1) / AMX_DEPTH;
-  // A whole number of runs of 128 codes.
+  // A multiple of 128 codes.
   const int64_t each = round_up((in.steps + depth_blocks - 1) / depth_blocks, 4), bytes = row_bytes(m);
   const int64_t last = first + count < m.outputs ? first + count : m.outputs;
   const auto multiply = [&](int64_t output, int64_t k) {
