@@ -435,7 +435,7 @@ struct AmxTasks {
 
   AmxTasks(const Matrix& m, int64_t count, int threads) {
     row_blocks = (count + AMX_ROWS - 1) / AMX_ROWS;
-    rows = round_up((count + row_blocks - 1) / row_blocks, 2 * SIDE);
+    rows = count ? round_up((count + row_blocks - 1) / row_blocks, 2 * SIDE) : 2 * SIDE;
     ld = rows + SIDE;
     // Wide panels read the inputs less often, where they do not fit L2; there are at least four for each thread.
     outputs = AMX_OUTPUTS;
