@@ -254,18 +254,19 @@ def test_every_family_in_bfloat16(name: str) -> None:
     key = {"MptModel": "max_seq_len", "OpenAIGPTModel": "n_positions"}.get(name, "max_position_embeddings")
     for more, lengths in ({}, range(1, 60)), ({key: 700}, (613, 385, 130, 257, 2, 129)):
         module = monoblock_model(name, **{**wide, **more})
-        if (
-            name == "GPTNeoModel"
-        ):  # which does not divide scores by sqrt(head_dim): of one key, they would be most of all
+        # GPT Neo does not divide scores by sqrt(head_dim): they would be so large that their rounding decides.
+        if name == "GPTNeoModel":
             for layer in module.h:
                 layer.attn.attention.q_proj.weight.data /= 32**0.5
         check_rounded(name, module, sequences(lengths))
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_non_finite_states_stay_in_their_sequence(kernels: str, bits: int) -> None:
+def test_non_finite_states_stay_in_their_sequence(kernels: str, bits: int, wide: bool) -> None:
     """NaN in one token's embedding reaches all tokens of its sequence, through quantised weights too, and no other."""
-    module = quantized(monoblock_model("MPNetModel", **fields("mpnet")), bits)
+    sizes = WIDE["MPNetModel"] if wide else {}
+    module = quantized(monoblock_model("MPNetModel", **{**fields("mpnet"), **sizes}), bits)
     with torch.no_grad():
         module.get_input_embeddings().weight[7, 3] = float("nan")
     ids = [[30, 31, 32], [30, 7, 32], [33]]

@@ -20,10 +20,8 @@ from monoblock.native import abi
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
 VARIABLE = "MONOBLOCK_NATIVE"
-DOT_PRODUCTS = (
-    "avx512_vnni_bf16",
-    "avx512_amx",
-)  # levels with dot products of 8-bit integers and of bfloat16
+# Levels with dot products of 8-bit integers and of bfloat16.
+DOT_PRODUCTS = ("avx512_vnni_bf16", "avx512_amx")
 SERIAL = "built without OpenMP: single-threaded"
 
 
@@ -60,15 +58,18 @@ def has_int8_gemm() -> bool:
 
 def has_bf16_gemm(inputs: int) -> bool:
     """Whether the library has a GEMM (AVX-512 BF16 or AMX) for bfloat16 products with many rows of `inputs` columns."""
-    return level() == "avx512_amx" or (
-        level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not only_torch_has_amx()
-    )
+    return has_amx() or (level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not only_torch_has_amx())
+
+
+def has_amx() -> bool:
+    """Whether the library's products use AMX."""
+    return level() == "avx512_amx"
 
 
 def only_torch_has_amx() -> bool:
     """Whether PyTorch's bfloat16 products use AMX, but the library does not."""
     found = library()
-    return found is not None and level() != "avx512_amx" and bool(found.mb_amx())
+    return found is not None and not has_amx() and bool(found.mb_amx())
 
 
 def status() -> str:

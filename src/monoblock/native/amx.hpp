@@ -166,8 +166,8 @@ struct AmxInputs {
 
 // One thread's scratch.
 struct AmxScratch {
-  char* weights;   // (AMX_DEPTH, 2, 16 outputs, 64 bytes)
-  float* sums;     // (outputs, rows) of a task
+  char* weights;       // (AMX_DEPTH, 2, 16 outputs, 64 bytes)
+  float* sums;         // (outputs, rows) of a task
   float *scale, *low;  // (groups of a block, 32 outputs)
   int32_t* integers;   // (2, 4 tiles): sums of two groups
   uint16_t* row;       // weights of an output in bf16
@@ -268,7 +268,7 @@ inline void amx_floats(const AmxOperand& a, const AmxOperand& b, int64_t steps, 
 // sums (A * 16, B * 16) += the integer sums of a group, scaled.
 template <int A, int B>
 INLINE void amx_scale(const int32_t* integers, const float* scale, const float* low, const float* x_scale,
-                      const float* x_total, int64_t x_block, float* sums, int64_t ld, bool first, bool lows) {
+                      const float* x_total, int64_t x_block, float* sums, int64_t ld, bool first) {
   UNROLL for (int b = 0; b < B; ++b) {
     const Floats own = load<Floats>(x_scale + b * x_block), total = load<Floats>(x_total + b * x_block);
     UNROLL for (int a = 0; a < A; ++a) {
@@ -277,7 +277,7 @@ INLINE void amx_scale(const int32_t* integers, const float* scale, const float* 
       _Pragma("GCC unroll 16") for (int o = 0; o < SIDE; ++o) {
         Floats sum = first ? Floats{} : load<Floats>(to + o * ld);
         sum += __builtin_convertvector(load<Ints>(tile + o * SIDE), Floats) * (own * scale[a * SIDE + o]);
-        if (lows) sum += total * low[a * SIDE + o];
+        if (low) sum += total * low[a * SIDE + o];
         store(to + o * ld, sum);
       }
     }
@@ -289,16 +289,12 @@ template <int A, int B>
 inline void amx_codes(const Matrix& m, const AmxOperand& w, const AmxInputs& in, int64_t block, int64_t group, int64_t groups,
                       const AmxScratch& s, float* sums, int64_t ld, AmxPrefetch& prefetch) {
   const int64_t each = m.group / AMX_STEP, by_block = in.steps * AMX_TILE, x_block = in.groups * SIDE;
-  const bool lows = m.low != nullptr;
   const int64_t at = block * x_block + group * SIDE;
   const auto scaled = [&](int64_t g) {
     const int64_t own = at + g * SIDE;
     const int32_t* integers = s.integers + g % 2 * 4 * SIDE * SIDE;
-    const float *scale = s.scale + g * 32, *low = s.low + g * 32;
-    if (lows)
-      amx_scale<A, B>(integers, scale, low, in.scale + own, in.total + own, x_block, sums, ld, group + g == 0, true);
-    else
-      amx_scale<A, B>(integers, scale, low, in.scale + own, in.total + own, x_block, sums, ld, group + g == 0, false);
+    amx_scale<A, B>(integers, s.scale + g * 2 * SIDE, m.low ? s.low + g * 2 * SIDE : nullptr, in.scale + own,
+                    in.total + own, x_block, sums, ld, group + g == 0);
   };
   // The sums of a group are scaled while the tiles multiply the next one.
   for (int64_t g = 0; g < groups; ++g) {
@@ -371,8 +367,9 @@ inline void amx_halves(const Matrix& m, const uint16_t* from, int64_t output, in
 // Whether tiles of these weights can be loaded from where they are, for a block of 32 outputs: where lines of several rows
 // share a set of L1, they evict each other before the next rows of inputs need them.
 inline bool amx_in_place(const Matrix& m, bool codes, int64_t rows) {
-  const bool copied = codes != by_codes(m) || m.format == INT4 || m.format == LOSSLESS || row_bytes(m) % AMX_STEP || (int64_t)m.data % AMX_STEP;
-  return !copied && (rows <= AMX_STREAMED_ROWS || row_bytes(m) / AMX_STEP % 16);
+  const bool as_stored = m.format == BF16 || (m.format == INT8 && codes);
+  const bool aligned = row_bytes(m) % AMX_STEP == 0 && (int64_t)m.data % AMX_STEP == 0;
+  return as_stored && aligned && (rows <= AMX_STREAMED_ROWS || row_bytes(m) / AMX_STEP % 16);
 }
 
 // s.sums (count, ld) = the outputs [first, first + count), a multiple of 32, of `blocks` blocks of 16 rows from `block` on,
@@ -429,13 +426,18 @@ inline void amx_sums(const Matrix& m, int64_t first, int64_t count, const AmxInp
       for (int64_t k = 0; k < in.steps; k += each) multiply(output, k);
 }
 
-// The tasks of a product by AMX: `rows` of inputs and `outputs` each.
-struct AmxTasks {
-  int64_t rows, outputs, row_blocks, panels, ld;
+// The tasks of a product of m with `inputs` rows of inputs by AMX.
+class AmxTasks {
+ public:
+  struct Part {
+    int64_t row, end, first, last;  // rows [row, end), outputs [first, last)
+  };
 
-  AmxTasks(const Matrix& m, int64_t count, int threads) {
-    row_blocks = (count + AMX_ROWS - 1) / AMX_ROWS;
-    rows = count ? round_up((count + row_blocks - 1) / row_blocks, 2 * SIDE) : 2 * SIDE;
+  int64_t ld;  // from the sums of one output to those of the next
+
+  AmxTasks(const Matrix& m, int64_t inputs, int threads) : m(m), inputs(inputs), threads(threads) {
+    row_blocks = (inputs + AMX_ROWS - 1) / AMX_ROWS;
+    rows = inputs ? round_up((inputs + row_blocks - 1) / row_blocks, 2 * SIDE) : 2 * SIDE;
     ld = rows + SIDE;
     // Wide panels read the inputs less often, where they do not fit L2; there are at least four for each thread.
     outputs = AMX_OUTPUTS;
@@ -443,6 +445,18 @@ struct AmxTasks {
     panels = (m.outputs + outputs - 1) / outputs;
   }
   int64_t count() const { return row_blocks * panels; }
+
+  // Computes the sums of a task in the scratch, while the weights of a later one are prefetched.
+  Part multiply(int64_t index, const AmxInputs& in, const AmxScratch& scratch) const {
+    const int64_t first = index % panels * outputs, row = index / panels * rows;
+    const int64_t end = row + rows < inputs ? row + rows : inputs;
+    amx_sums(m, first, outputs, in, row / SIDE, (end - row + SIDE - 1) / SIDE, scratch, ld, first + threads * outputs);
+    return {row, end, first, first + outputs < m.outputs ? first + outputs : m.outputs};
+  }
+
+ private:
+  const Matrix& m;
+  int64_t inputs, threads, rows, outputs, row_blocks, panels;
 };
 
 // y (rows, outputs) from `first` on = the transposed sums (count, ld) + bias; Y is float or uint16_t (bf16).

@@ -32,12 +32,17 @@ class AmxRun {
   }
 
   AmxRun(const ModelWeights& model, const PackedForward& call, Arena& arena)
-      : m(model), c(call), layout(model), inner_width(m.heads * m.head_dim), key_width(m.kv_heads * m.head_dim) {
+      : m(model),
+        c(call),
+        layout(model),
+        inner_width(m.heads * m.head_dim),
+        key_width(m.kv_heads * m.head_dim),
+        unfinished(is_unfinished(m)) {
     most = round_up(longest_chunk(c, CHUNK), LANES);
     stride = most + 2 * CHANNELS;
     x = arena.take<float>(most * m.width);
     h = arena.take<float>(m.pre_norm ? most * m.width : 0);
-    qkv = arena.take<float>(unfinished() ? most * layout.size : 0);
+    qkv = arena.take<float>(unfinished ? most * layout.size : 0);
     queries = arena.take<uint32_t>(inner_width / 2 * stride + 2 * CHANNELS);
     keys = arena.take<uint16_t>((most + KEY_TILE) * key_width);
     values = arena.take<uint16_t>(key_width * stride + 2 * CHANNELS);
@@ -86,7 +91,7 @@ class AmxRun {
       last_values = arena.take<uint16_t>(dim * CHANNELS);
       bias = arena.take<float>(matrices::AMX_OUTPUTS);
       angles = arena.take<float>(run.m.rotary_dim);
-      heads = arena.take<float>(run.unfinished() && run.layout.stride != dim ? run.inner_width * LANES : 0);
+      heads = arena.take<float>(run.unfinished && run.layout.stride != dim ? run.inner_width * LANES : 0);
     }
     const int thread;
     int64_t start = 0, count = 0, blocks = 0;  // of the present chunk: its first token, tokens, and blocks of 16
@@ -107,7 +112,8 @@ class AmxRun {
     return measure.used;
   }
 
-  bool unfinished() const {
+  // Whether queries and keys are clipped, normed or rotated.
+  static bool is_unfinished(const ModelWeights& m) {
     bool norms = false;
     for (int64_t i = 0; i < m.layers; ++i) norms |= m.blocks[i].q_norm.kind || m.blocks[i].k_norm.kind;
     return norms || m.rotary_dim || m.clip != 0;
@@ -246,11 +252,9 @@ class AmxRun {
     const AmxInputs rows = placed(w, in, mine);
     const AmxTasks tasks(w, mine.count, c.threads);
     const AmxScratch scratch(mine.tiles);
-    phase(mine, tasks.count(), [&](int64_t task) {
-      const int64_t first = task % tasks.panels * tasks.outputs, row = task / tasks.panels * tasks.rows;
-      const int64_t n = std::min(tasks.rows, mine.count - row), outputs = std::min(tasks.outputs, w.outputs - first);
-      amx_sums(w, first, tasks.outputs, rows, row / SIDE, (n + SIDE - 1) / SIDE, scratch, tasks.ld,
-               first + c.threads * tasks.outputs);
+    phase(mine, tasks.count(), [&](int64_t index) {
+      const auto [row, end, first, last] = tasks.multiply(index, rows, scratch);
+      const int64_t n = end - row, outputs = last - first;
       for (int64_t o = 0; w.bias && o < outputs; ++o) mine.bias[o] = bias_of(w, first + o);
       for (int64_t r = 0; r < n; r += SIDE) {
         float* sums = scratch.sums + r;
@@ -299,7 +303,7 @@ class AmxRun {
   // ---------------------------------------------------------------------------- queries, keys and values
 
   void project_heads(const LayerWeights& layer, Own& mine) {
-    if (!unfinished())
+    if (!unfinished)
       return product(layer.qkv, inputs, mine,
                      [&](int64_t block, int64_t first, int64_t outputs, const float* sums, int64_t ld) {
                        store_heads(block, first, outputs, sums, ld);
@@ -390,22 +394,13 @@ class AmxRun {
       to[AROUND + longest + d] = c.relative[head * c.relative_stride + longest - d] * prompt::LOG2E;
   }
 
-  int64_t tasks_of(int64_t sequence) const {
-    const int64_t length = c.starts[sequence + 1] - c.starts[sequence];
-    return m.heads * ((length + QUERY_TASK - 1) / QUERY_TASK);
-  }
-
   void attend(const LayerWeights& layer, int64_t first, int64_t last, Own& mine) {
-    // Tasks (sequence, block of queries, head) in order; a thread's cursor finds the sequence of the next one.
-    int64_t total = 0;
-    for (int64_t i = first; i < last; ++i) total += tasks_of(i);
-    int64_t sequence = first, before = 0;
-    phase(mine, total, [&](int64_t index) {
-      while (index - before >= tasks_of(sequence)) before += tasks_of(sequence++);
+    SequenceTasks tasks(c.starts, first, last, m.heads, QUERY_TASK);
+    phase(mine, tasks.count(), [&](int64_t index) {
+      const auto [sequence, head, begin, end] = tasks.at(index);
       const int64_t start = c.starts[sequence] - c.starts[first], length = c.starts[sequence + 1] - c.starts[sequence];
-      const int64_t head = (index - before) % m.heads, begin = (index - before) / m.heads * QUERY_TASK;
       const matrices::AmxTiles configured;
-      for (int64_t q = begin; q < std::min(begin + QUERY_TASK, length); q += QUERY_TILE)
+      for (int64_t q = begin; q < end; q += QUERY_TILE)
         length - q > LANES ? attend_tile<2>(layer, start, length, head, q, mine)
                            : attend_tile<1>(layer, start, length, head, q, mine);
     });
@@ -513,6 +508,7 @@ class AmxRun {
   const PackedForward& c;
   const HeadLayout layout;
   const int64_t inner_width, key_width;
+  const bool unfinished;
   int64_t most, stride;  // tokens of a chunk, and of a row of `queries` and `values`
   float *x, *h, *qkv, *attended, *wide, *angles, *biases;
   uint32_t* queries;

@@ -39,11 +39,13 @@ struct AttentionCall {
 
 constexpr int ROWS = 6, COLUMNS = LANES == 4 || LANES == 8 ? 2 : 4;  // a register tile: rows, and vectors per row
 constexpr int PANEL = COLUMNS * LANES;                               // keys of a packed panel
+// Queries and keys of a tile of scores. The queries are a multiple of a register tile's rows, and of an AMX tile's.
 #if defined(__AMX_TILE__)
-constexpr int TILE = 48, KEYS = 256;  // queries and keys of a tile of scores
+constexpr int TILE = 48;
 #else
-constexpr int TILE = 24, KEYS = 256;
+constexpr int TILE = 24;
 #endif
+constexpr int KEYS = 256;
 constexpr float MASKED = -INFINITY;
 
 struct Plain {  // float32; also bfloat16 without AVX-512 BF16
@@ -63,7 +65,7 @@ typedef Plain Pairs;
 #endif
 
 #if defined(__AMX_TILE__)
-// Pairs of bfloat16 in tiles of 16 rows and 16 words. Heads have a multiple of 32 channels.
+// Pairs of bfloat16 in tiles of 16 rows and 16 words. Channels are padded to a multiple of 32.
 struct Tiles : Pairs {
   static constexpr int ROWS = 16, WORDS = 16;
 };

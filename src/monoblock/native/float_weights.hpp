@@ -1,4 +1,4 @@
-// Rows of weights in any format as float32. Part of matrix.hpp.
+// Rows of weights in any format as float32, and quantised ones as bf16. Part of matrix.hpp.
 #pragma once
 
 namespace matrices {
@@ -8,6 +8,26 @@ inline void convert_to_float(const uint16_t* x, int64_t inputs, float* to) {
   int64_t k = 0;
   for (; k + LANES <= inputs; k += LANES) store(to + k, from_bf16(load<Halves>(x + k)));
   for (; k < inputs; ++k) to[k] = from_bf16(x[k]);
+}
+
+// Quantised weights [k, k + count) of an output as T, float or uint16_t (bf16). k is a multiple of RUN, and `to` has room for
+// whole blocks.
+template <class T>
+inline void dequantise(const Matrix& m, int64_t output, int64_t k, int64_t count, T* to) {
+  const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
+  const uint16_t *scales = m.scale + output * groups_of(m), *lows = m.low ? m.low + output * groups_of(m) : nullptr;
+  for (int64_t start = k; start < k + count; start += BLOCK, to += BLOCK) {  // both group sizes are multiples of BLOCK
+    const int64_t group = start / m.group;
+    const float scale = from_half(scales[group]), low = lows ? from_half(lows[group]) : 0.0f;
+    // The low nibbles of a run are its first 64 codes, the high nibbles the others.
+    const uint8_t* block = m.format == INT8 ? codes + start : codes + start / RUN * BLOCK;
+    const int shift = m.format == INT8 ? 0 : start % RUN / BLOCK * 4, offset = m.format == INT8 ? 128 : 0;
+    const uint32_t mask = m.format == INT8 ? 255u : 15u;
+    UNROLL for (int i = 0; i < BLOCK; i += LANES) {
+      const Words code = __builtin_convertvector(load<Bytes>(block + i), Words) >> shift & mask;
+      write(to + i, __builtin_convertvector((Ints)code - offset, Floats) * scale + low);
+    }
+  }
 }
 
 // The weights [k, k + count) of an output as float32, in `to` unless they are float32 already. k is a multiple of RUN.
@@ -28,22 +48,7 @@ inline const float* float_weights(const Matrix& m, int64_t output, int64_t k, in
       return to;
     }
   }
-  const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
-  for (int64_t start = k; start < k + count; start += BLOCK) {  // both group sizes are multiples of BLOCK
-    const int64_t group = output * groups_of(m) + start / m.group;
-    const float scale = from_half(m.scale[group]), low = m.low ? from_half(m.low[group]) : 0.0f;
-    const uint8_t* block = m.format == INT8 ? codes + start : codes + start / RUN * BLOCK;
-    const int shift = start % RUN / BLOCK * 4;
-    for (int i = 0; i < BLOCK; i += LANES) {
-      const Bytes bytes = load<Bytes>(block + i);
-      const Words code = __builtin_convertvector(bytes, Words);
-      if (m.format == INT8)
-        store(to + start - k + i, (__builtin_convertvector((Ints)code, Floats) - 128.0f) * scale);
-      else
-        store(to + start - k + i, __builtin_convertvector((Ints)(code >> shift & 15u), Floats) * scale + low);
-    }
-  }
-  return to;
+  return dequantise(m, output, k, count, to), to;
 }
 
 }  // namespace matrices

@@ -34,27 +34,10 @@ inline WeightPrefetch panel_prefetch(const Matrix& m, int64_t first) {
   return WeightPrefetch(m, first, first + PANEL < m.outputs ? first + PANEL : m.outputs);
 }
 
-// Quantised weights [k, k + count) of a row, rounded to bf16; k is a multiple of RUN, and `to` has room for whole runs.
-inline void round_weights(const Matrix& m, int64_t output, int64_t k, int64_t count, uint16_t* to) {
-  const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
-  const int64_t groups = groups_of(m);
-  for (int64_t i = k; i < k + count; i += BLOCK, to += BLOCK) {
-    const int64_t group = output * groups + i / m.group;
-    const Floats scale = all(from_half(m.scale[group])), low = m.low ? all(from_half(m.low[group])) : scale * -128.0f;
-    // The low nibbles of a run are its first 64 codes, the high nibbles the others.
-    const uint8_t* at = m.format == INT8 ? codes + i : codes + i / RUN * BLOCK;
-    UNROLL for (int j = 0; j < BLOCK; j += SIDE) {
-      Ints code = (Ints)_mm512_cvtepu8_epi32(load<__m128i>(at + j));
-      if (m.format == INT4) code = i % RUN ? code >> 4 : code & 15;
-      write(to + j, __builtin_convertvector(code, Floats) * scale + low);
-    }
-  }
-}
-
 // The weights [k, k + count) of a row as bf16; `to` is used where they are stored in another format.
 inline const uint16_t* bf16_weights(const Matrix& m, int64_t output, int64_t k, int64_t count, uint16_t* to) {
   if (m.format == BF16) return (const uint16_t*)m.data + output * m.inputs + k;
-  if (m.format != LOSSLESS) return round_weights(m, output, k, count, to), to;
+  if (m.format != LOSSLESS) return dequantise(m, output, k, count, to), to;
   const LosslessRow row(m, output);
   for (int64_t i = 0; i < count; i += RUN) row.decompress(k + i, to + i);
   row.outliers([&](int column, uint16_t value) {

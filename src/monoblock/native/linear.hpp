@@ -126,11 +126,8 @@ inline int gemm_amx(const Matrix& m, const X* x, int64_t ldx, int64_t rows, Y* y
       for (int64_t block = 0; block < blocks; ++block) in.prepare(m, x + start * ldx, ldx, count, block);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < tasks.count(); ++task) {
-        const int64_t row = task / tasks.panels * tasks.rows, n = count - row < tasks.rows ? count - row : tasks.rows;
-        const int64_t first = task % tasks.panels * tasks.outputs;
-        amx_sums(m, first, tasks.outputs, in, row / SIDE, (n + SIDE - 1) / SIDE, mine, tasks.ld,
-                 first + threads * tasks.outputs);
-        amx_store(m, first, tasks.outputs, mine.sums, tasks.ld, n, y + (start + row) * ldy, ldy);
+        const auto [row, end, first, last] = tasks.multiply(task, in, mine);
+        amx_store(m, first, last - first, mine.sums, tasks.ld, end - row, y + (start + row) * ldy, ldy);
       }
     }
   }

@@ -232,24 +232,15 @@ class PackedRun {
       stride[0] = 0, stride[1] = layout.stride, stride[2] = layout.size;
     a.out_strides[0] = 0, a.out_strides[1] = m.head_dim, a.out_strides[2] = inner_width;
     prompt::Task<Dot, T, float> task(a, QUERY_BLOCK);
-    // Tasks (sequence, key/value head, block of queries) in order; a thread's cursor finds the sequence of the next one.
-    int64_t total = 0;
-    for (int64_t i = first; i < last; ++i) total += tasks_of(i);
-    int64_t sequence = first, before = 0;
-    phase(mine, total, [&](int64_t index) {
-      while (index - before >= tasks_of(sequence)) before += tasks_of(sequence++);
-      const int64_t start = c.starts[sequence] - c.starts[first], length = c.starts[sequence + 1] - c.starts[sequence];
-      const int64_t group = (index - before) % m.kv_heads, begin = (index - before) / m.kv_heads * QUERY_BLOCK;
+    SequenceTasks tasks(c.starts, first, last, m.kv_heads, QUERY_BLOCK);
+    phase(mine, tasks.count(), [&](int64_t index) {
+      const auto [sequence, group, begin, end] = tasks.at(index);
+      const int64_t start = c.starts[sequence] - c.starts[first];
       const T* at = heads + start * layout.size;
       a.q = at, a.k = at + layout.keys, a.v = at + layout.values, a.out = attended + start * inner_width;
-      a.queries = a.keys = length;
-      task.run(0, group, begin, std::min(begin + QUERY_BLOCK, length));
+      a.queries = a.keys = c.starts[sequence + 1] - c.starts[sequence];
+      task.run(0, group, begin, end);
     });
-  }
-
-  int64_t tasks_of(int64_t sequence) const {
-    const int64_t length = c.starts[sequence + 1] - c.starts[sequence];
-    return m.kv_heads * ((length + QUERY_BLOCK - 1) / QUERY_BLOCK);
   }
 
   const ModelWeights& m;

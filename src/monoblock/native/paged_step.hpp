@@ -195,13 +195,10 @@ class PagedRun {
     if (by_tiles(w)) {
       const matrices::AmxTasks tasks(w, rows, s.threads);
       const matrices::AmxScratch scratch(mine.tiles);
-      return phase(mine, tasks.count(), [&](int64_t task) {
-        const int64_t first = task % tasks.panels * tasks.outputs, row = task / tasks.panels * tasks.rows;
-        const int64_t end = std::min(row + tasks.rows, rows), blocks = (end - row + LANES - 1) / LANES;
-        matrices::amx_sums(w, first, tasks.outputs, mine.operands, row / LANES, blocks, scratch, tasks.ld,
-                           first + s.threads * tasks.outputs);
-        matrices::amx_store(w, first, tasks.outputs, scratch.sums, tasks.ld, end - row, to + row * to_stride, to_stride);
-        finish(row, end, first, std::min(first + tasks.outputs, w.outputs));
+      return phase(mine, tasks.count(), [&](int64_t index) {
+        const auto [row, end, first, last] = tasks.multiply(index, mine.operands, scratch);
+        matrices::amx_store(w, first, last - first, scratch.sums, tasks.ld, end - row, to + row * to_stride, to_stride);
+        finish(row, end, first, last);
       });
     }
 #endif
@@ -282,20 +279,12 @@ class PagedRun {
     }
   }
 
-  int64_t tasks_of(int64_t sequence) const {
-    const int64_t tokens = s.starts[sequence + 1] - s.starts[sequence];
-    return m.kv_heads * ((tokens + query_tokens() - 1) / query_tokens());
-  }
-
   template <class T>
   void attend(const LayerWeights& layer, int64_t index, Own& mine) {
-    int64_t total = 0, sequence = 0, before = 0;
-    for (int64_t i = 0; i < s.sequences; ++i) total += tasks_of(i);
-    phase(mine, total, [&](int64_t task) {  // a thread's tasks come in order: its cursor finds the sequence
-      while (task - before >= tasks_of(sequence)) before += tasks_of(sequence++);
-      const int64_t group = (task - before) % m.kv_heads, begin = (task - before) / m.kv_heads * query_tokens();
-      const int64_t tokens = std::min(query_tokens(), s.starts[sequence + 1] - s.starts[sequence] - begin);
-      attend_tokens<T>(layer, index, sequence, group, begin, tokens, mine);
+    SequenceTasks tasks(s.starts, 0, s.sequences, m.kv_heads, query_tokens());
+    phase(mine, tasks.count(), [&](int64_t task) {
+      const auto [sequence, group, begin, end] = tasks.at(task);
+      attend_tokens<T>(layer, index, sequence, group, begin, end - begin, mine);
     });
   }
 

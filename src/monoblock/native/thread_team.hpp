@@ -81,4 +81,34 @@ class ThreadTeam {
   int64_t size = 1;
 };
 
+// Tasks of attention over the sequences [first, last): blocks of a sequence's tokens, and their heads, in order. Each thread has
+// its own, whose cursor finds the sequence of an index: a thread's indices only grow.
+class SequenceTasks {
+ public:
+  struct Task {
+    int64_t sequence, head, begin, end;  // the tokens [begin, end) of the sequence
+  };
+
+  // `starts`: the first token of each sequence, and the end.
+  SequenceTasks(const int64_t* starts, int64_t first, int64_t last, int64_t heads, int64_t block)
+      : starts(starts), heads(heads), block(block), sequence(first) {
+    for (int64_t i = first; i < last; ++i) total += tasks_of(i);
+  }
+
+  int64_t count() const { return total; }
+
+  Task at(int64_t index) {
+    while (index - before >= tasks_of(sequence)) before += tasks_of(sequence++);
+    const int64_t own = index - before, begin = own / heads * block, length = length_of(sequence);
+    return {sequence, own % heads, begin, begin + block < length ? begin + block : length};
+  }
+
+ private:
+  int64_t length_of(int64_t i) const { return starts[i + 1] - starts[i]; }
+  int64_t tasks_of(int64_t i) const { return heads * ((length_of(i) + block - 1) / block); }
+
+  const int64_t* starts;
+  int64_t heads, block, sequence, before = 0, total = 0;
+};
+
 }  // namespace decode

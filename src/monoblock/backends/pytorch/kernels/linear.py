@@ -47,9 +47,8 @@ from monoblock.quantization import LOSSLESS
 
 FEW = 16  # rows up to which a product is bound by reading the weights
 FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}  # for unquantised weights
-FEW_BY_AMX = (
-    64  # rows of bfloat16 up to which the native kernels are faster than PyTorch's, where both have AMX
-)
+# Rows of bfloat16 up to which the native kernels are faster than PyTorch's, where both have AMX.
+FEW_BY_AMX = 64
 # Weights that are dequantised at a time: they stay in the CPU's caches, in reused memory.
 BLOCK = 1 << 22
 FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
@@ -92,7 +91,7 @@ def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Te
     """`product` without gradients."""
     if x.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype and x.shape[-1:] == weight.shape[1:]:
         size, inputs = x.numel(), weight.shape[1]
-        if x.dtype == torch.bfloat16 and native.level() == "avx512_amx":
+        if x.dtype == torch.bfloat16 and native.has_amx():
             own = size <= FEW_BY_AMX * inputs
         else:
             own = size <= FEW_OF[x.dtype] * inputs or _by_pairs(x, inputs)
