@@ -10,24 +10,31 @@ inline void convert_to_float(const uint16_t* x, int64_t inputs, float* to) {
   for (; k < inputs; ++k) to[k] = from_bf16(x[k]);
 }
 
+// As `dequantise`, for one of the formats: the loop has no choices left.
+template <Format FORMAT, class T>
+inline void dequantise_as(const Matrix& m, int64_t output, int64_t k, int64_t count, T* to) {
+  const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
+  const int64_t groups = output * groups_of(m);
+  for (int64_t start = k; start < k + count; start += BLOCK, to += BLOCK) {  // both group sizes are multiples of BLOCK
+    const int64_t group = groups + start / m.group;
+    const float scale = from_half(m.scale[group]), low = FORMAT == INT4 ? from_half(m.low[group]) : 0.0f;
+    const bool high = start % RUN;  // the low nibbles of a run are its first 64 codes, the high nibbles the others
+    const uint8_t* block = FORMAT == INT8 ? codes + start : codes + start / RUN * BLOCK;
+    UNROLL for (int i = 0; i < BLOCK; i += LANES) {
+      const Words code = widen(load<Bytes>(block + i));
+      if (FORMAT == INT8)
+        write(to + i, (__builtin_convertvector((Ints)code, Floats) - 128.0f) * scale);
+      else
+        write(to + i, __builtin_convertvector((Ints)(high ? code >> 4 : code & 15u), Floats) * scale + low);
+    }
+  }
+}
+
 // Quantised weights [k, k + count) of an output as T, float or uint16_t (bf16). k is a multiple of RUN, and `to` has room for
 // whole blocks.
 template <class T>
 inline void dequantise(const Matrix& m, int64_t output, int64_t k, int64_t count, T* to) {
-  const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
-  const uint16_t *scales = m.scale + output * groups_of(m), *lows = m.low ? m.low + output * groups_of(m) : nullptr;
-  for (int64_t start = k; start < k + count; start += BLOCK, to += BLOCK) {  // both group sizes are multiples of BLOCK
-    const int64_t group = start / m.group;
-    const float scale = from_half(scales[group]), low = lows ? from_half(lows[group]) : 0.0f;
-    // The low nibbles of a run are its first 64 codes, the high nibbles the others.
-    const uint8_t* block = m.format == INT8 ? codes + start : codes + start / RUN * BLOCK;
-    const int shift = m.format == INT8 ? 0 : start % RUN / BLOCK * 4, offset = m.format == INT8 ? 128 : 0;
-    const uint32_t mask = m.format == INT8 ? 255u : 15u;
-    UNROLL for (int i = 0; i < BLOCK; i += LANES) {
-      const Words code = __builtin_convertvector(load<Bytes>(block + i), Words) >> shift & mask;
-      write(to + i, __builtin_convertvector((Ints)code - offset, Floats) * scale + low);
-    }
-  }
+  m.format == INT8 ? dequantise_as<INT8>(m, output, k, count, to) : dequantise_as<INT4>(m, output, k, count, to);
 }
 
 // The weights [k, k + count) of an output as float32, in `to` unless they are float32 already. k is a multiple of RUN.

@@ -247,7 +247,7 @@ struct CodeTile {
         float low = FORMAT == INT8 ? -128 * scale : from_half(m.low[group + r * gap * groups]);
         Floats part[T] = {};
         for (int k = 0; k < BLOCK; k += LANES) {
-          Words codes = __builtin_convertvector(load<Bytes>(w + r * gap * bytes + at + k), Words);
+          Words codes = widen(load<Bytes>(w + r * gap * bytes + at + k));
           if (FORMAT == INT4) codes = codes >> shift & 15;
           Floats weights = __builtin_convertvector(bits<Ints>(codes), Floats);
           UNROLL for (int t = 0; t < T; ++t) part[t] += weights * load<Floats>(x + t * p.ldx + b * BLOCK + k);

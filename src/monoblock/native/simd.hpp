@@ -59,6 +59,17 @@ INLINE To bits(From from) {
   return to;
 }
 
+// Bytes as 32-bit integers. GCC 12 converts them in several steps, not by the one instruction.
+INLINE Words widen(Bytes v) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu8_epi32((__m128i)v);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)v));
+#else
+  return __builtin_convertvector(v, Words);
+#endif
+}
+
 // Forces a vector into a register. Otherwise compilers use it as a memory operand of several instructions, and each load
 // crosses cache lines where the tensor is unaligned, as tensors mapped from a file are.
 template <class Vector>
