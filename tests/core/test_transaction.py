@@ -578,6 +578,35 @@ def test_readers_retry_after_a_concurrent_save(folder: Path) -> None:
         consistent_read(folder, HubOptions(), gone)
 
 
+def test_readers_retry_if_saves_are_being_committed_at_both_ends(folder: Path) -> None:
+    """config.json is absent during every commit, so both ends look alike but for the journal's own folder."""
+    CASES["trainer, to shards"].prepare(folder)
+    copy = folder.with_name("copy")
+
+    def half_committed(tag: int) -> None:
+        shutil.copytree(folder, copy)
+        found = kill_points.operations(lambda: save_cases.save(copy, tag, per_shard=1))
+        shutil.rmtree(copy)
+        after = found.index("os.chmod") + 4  # after it: into the folder, fsync, config.json removed
+        assert kill_points.killed(lambda: save_cases.save(folder, tag, per_shard=1), after)
+        assert (folder / COMMIT).is_dir() and not (folder / "config.json").exists()
+
+    half_committed(2)
+    tags: list[int] = []
+
+    def read() -> int:
+        if len(tags) < 2:
+            store = open_store(find_weights(folder), "np")  # completes the save
+            tags.append(int(store.tensor("a.weight")[0]))
+            half_committed(tags[-1] + 1)
+        else:
+            tags.append(int(open_store(find_weights(folder), "np").tensor("a.weight")[0]))
+        return tags[-1]
+
+    assert consistent_read(folder, HubOptions(), read) == 4
+    assert tags[:3] == [2, 3, 4]
+
+
 # --- invalid journals ------------------------------------------------------------------------------------
 
 

@@ -167,13 +167,19 @@ def located(folder: Path, name: str) -> Path | None:
 
 
 def version(folder: Path) -> tuple[object, ...]:
-    """A value that changes when a model is saved into the folder. A save that changes a single file changes it only if
-    that file is config.json."""
-    found: list[object] = [os.path.lexists(folder / COMMIT)]
-    for path in (folder, folder / _ENTRY):
-        with suppress(OSError):
-            there = path.stat()
-            found += [there.st_dev, there.st_ino, 0 if path is folder else there.st_mtime_ns]
+    """A value that changes when a model is saved into the folder, also while a journal is being completed. A save that
+    changes a single file changes it only if that file is config.json."""
+    found: list[tuple[int, ...] | None] = []
+    for path in (folder, folder / _ENTRY, folder / COMMIT):
+        try:
+            there = path.stat(follow_symlinks=path != folder / COMMIT)
+        except OSError:
+            found.append(
+                None
+            )  # config.json is absent during each commit: its absence alone tells none from another
+            continue
+        # Writing any file, such as a lock, changes the time of the folder itself.
+        found.append((there.st_dev, there.st_ino, 0 if path is folder else there.st_mtime_ns))
     return tuple(found)
 
 
