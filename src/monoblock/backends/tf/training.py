@@ -90,7 +90,7 @@ class Training(keras.Model):
         """With a distribution strategy, Keras builds the state of losses and metrics on the mean of the replicas'
         batches, in which ids are floats; use the first replica's batch instead."""
         strategy = self.distribute_strategy
-        for _, _, batches in iterator or ():
+        for *_, batches in iterator or ():  # after one number, or two since Keras 3.11
             data_batch = keras.tree.map_structure(
                 lambda x: strategy.experimental_local_results(x)[0], next(batches)
             )
