@@ -57,7 +57,7 @@ constexpr int64_t BATCH = 1024;  // rows of inputs that are quantised at once: i
 inline int gemm_int8(const Matrix& m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
                            int32_t y_format, int64_t ldy, int threads) {
   const int64_t most = rows < BATCH ? rows : BATCH, inputs = round_up(prepared_bytes(m.inputs, most), 64);
-  const int64_t own = round_up(PackedPanel::bytes(m) + m.inputs * 4, 64);  // bytes per thread
+  const int64_t own = round_up(PackedPanel::bytes(m.inputs, m.group) + m.inputs * 4, 64);  // bytes per thread
   char* scratch = (char*)scratch_of(inputs + threads * own);
   if (!scratch) return 1;
   Prepared p = prepared_in(scratch, m.inputs, most);
