@@ -116,15 +116,13 @@ inline void store_panel(const Matrix& m, const float* sums, int64_t first, int64
   for (int64_t o = 0; o < count; ++o) bias[o] = bias_of(m, first + o);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t o = 0; o < count; o += SIDE) {
-      const int64_t left = count - o < SIDE ? count - o : SIDE, at = row * ldy + first + o;
+      const int64_t left = count - o, at = row * ldy + first + o;
       const Floats sum = load<Floats>(sums + row * PANEL + o) + load<Floats>(bias + o);
-      if (y_format == F32) {
-        memcpy(y + at * 4, &sum, left * 4);
-      } else {
-        uint16_t half[SIDE];
-        write(half, sum);
-        left == SIDE ? memcpy(y + at * 2, half, SIDE * 2) : memcpy(y + at * 2, half, left * 2);
-      }
+      const __mmask16 mask = left < SIDE ? (1u << left) - 1 : 0xffffu;
+      if (y_format == F32)
+        _mm512_mask_storeu_ps(y + at * 4, mask, (__m512)sum);
+      else
+        _mm256_mask_storeu_epi16(y + at * 2, mask, (__m256i)_mm512_cvtneps_pbh((__m512)sum));
     }
 }
 
