@@ -102,8 +102,7 @@ struct PanelScratch {
   static int64_t other_bytes([[maybe_unused]] int64_t inputs) {
     int64_t bytes = 64;
 #if defined(__AVX512VNNI__)
-    const int64_t padded = round_up(inputs, RUN);
-    bytes = PANEL_OUTPUTS * (padded + padded / BLOCK * 8) + 128;
+    bytes = PackedPanel::bytes(inputs, BLOCK) + 64;
 #endif
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
     if (bytes < PackedBlock::BYTES + 64) bytes = PackedBlock::BYTES + 64;
@@ -199,7 +198,7 @@ inline void pack_words(const Matrix& m, int64_t first, int64_t k, int64_t count,
         const uint8_t* block = m.format == INT8 ? codes + start : codes + start / RUN * BLOCK;
         const int shift = start % RUN / BLOCK * 4;
         for (int i = 0; i < BLOCK; i += LANES) {
-          const HalfInts code = __builtin_convertvector(load<Bytes>(block + i), HalfInts);
+          const HalfInts code = widen_to_16(load<Bytes>(block + i));
           store(to + start + i, m.format == INT8 ? code - 128 : code >> shift & 15);
         }
       }

@@ -45,7 +45,6 @@ template <class Code>
 INLINE void quantise(const float* x, int group, Code* q, float* scale, float* total) {
   constexpr bool BYTE = sizeof(Code) == 1;
   constexpr float LARGEST = BYTE ? 127 : 32767, LEAST = BYTE ? MIN_MAGNITUDE : 1e3f * MIN_MAGNITUDE;
-  typedef std::conditional_t<BYTE, SignedBytes, HalfInts> Codes;
   Floats top = {}, nonfinite = {};
   for (int k = 0; k < group; k += LANES) {
     Floats v = load<Floats>(x + k);
@@ -61,7 +60,7 @@ INLINE void quantise(const float* x, int group, Code* q, float* scale, float* to
   Ints q_sum = {};
   for (int k = 0; k < group; k += LANES) {
     Ints n = nearest(load<Floats>(x + k) * inverse);
-    store(q + k, __builtin_convertvector(n, Codes));
+    store_narrow(q + k, n);
     q_sum += n;
   }
   *scale = most / LARGEST;

@@ -36,7 +36,7 @@ typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 typedef int16_t HalfInts __attribute__((vector_size(LANES * 2)));
 
-INLINE Floats all(float x) { return Floats{} + x; }
+INLINE Floats all(float x) { return x - Floats{}; }  // no arithmetic: x - 0 is x, also for the bits of two bf16
 
 template <class Vector, class Scalar>
 INLINE Vector load(const Scalar* from) {
@@ -59,7 +59,7 @@ INLINE To bits(From from) {
   return to;
 }
 
-// Bytes as 32-bit integers. GCC 12 converts them in several steps, not by the one instruction.
+// Conversions between sizes of integers. GCC 12 compiles them to several instructions, or goes through the lanes one by one.
 INLINE Words widen(Bytes v) {
 #if defined(__AVX512F__)
   return (Words)_mm512_cvtepu8_epi32((__m128i)v);
@@ -67,6 +67,48 @@ INLINE Words widen(Bytes v) {
   return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)v));
 #else
   return __builtin_convertvector(v, Words);
+#endif
+}
+
+INLINE Words widen(Halves v) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, Words);
+#endif
+}
+
+INLINE HalfInts widen_to_16(Bytes v) {
+#if defined(__AVX512BW__)
+  return (HalfInts)_mm256_cvtepu8_epi16((__m128i)v);
+#elif defined(__AVX2__)
+  return (HalfInts)_mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)v));
+#else
+  return __builtin_convertvector(v, HalfInts);
+#endif
+}
+
+// Integers that fit as bytes or 16 bits.
+INLINE void store_narrow(int8_t* to, Ints v) {
+#if defined(__AVX512F__)
+  store(to, _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__AVX2__)
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(words, words));
+#else
+  store(to, __builtin_convertvector(v, SignedBytes));
+#endif
+}
+
+INLINE void store_narrow(int16_t* to, Ints v) {
+#if defined(__AVX512F__)
+  store(to, _mm512_cvtepi32_epi16((__m512i)v));
+#elif defined(__AVX2__)
+  store(to, _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1)));
+#else
+  store(to, __builtin_convertvector(v, HalfInts));
 #endif
 }
 
@@ -122,7 +164,7 @@ INLINE float largest(Floats v) {
 INLINE Floats magnitude(Floats v) { return bits<Floats>(bits<Words>(v) & 0x7fffffffu); }
 
 // bf16 is the upper 16 bits of a float.
-INLINE Floats from_bf16(Halves v) { return bits<Floats>(__builtin_convertvector(v, Words) << 16); }
+INLINE Floats from_bf16(Halves v) { return bits<Floats>(widen(v) << 16); }
 
 INLINE float from_bf16(uint16_t v) { return bits<float>(uint32_t(v) << 16); }
 
