@@ -18,6 +18,9 @@ namespace packed {
 using namespace decode;
 
 constexpr int64_t CHUNK_TOKENS = 2048;  // tokens of the sequences that are computed together, which bounds the scratch
+constexpr int64_t PREFETCHED_ROWS = 8;  // rows of a product's result that are prefetched before they are written
+constexpr int64_t TOKENS_AT_ONCE = 8;    // tokens that a thread takes at a time where each is computed alone
+constexpr int64_t LEAST_SHARE = 96;      // rows of a product from which each thread takes a share of them
 constexpr int64_t QUERY_BLOCK = 192;    // queries of an attention task: they share packed keys and values
 
 struct PackedForward {
@@ -114,33 +117,40 @@ class PackedRun {
     return measure.used;
   }
 
+  // work(t) for each of `count` tokens.
   template <class F>
-  void phase(Own& mine, int64_t n, F work) {
-    team.parallel_for(mine.thread, n, work, [] { return false; });
+  void each_token(Own& mine, int64_t count, F work) {
+    team.parallel_ranges(mine.thread, (count + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE, [&](int64_t block) {
+      const int64_t first = block * TOKENS_AT_ONCE, last = std::min(count, first + TOKENS_AT_ONCE);
+      for (int64_t t = first; t < last; ++t) work(t);
+    });
   }
 
   // The sequences [first, last) through all layers.
   void forward(int64_t first, int64_t last, Own& mine) {
     const int64_t start = c.starts[first], count = c.starts[last] - start;
     if (!count) return;
-    phase(mine, count, [&](int64_t t) {
+    each_token(mine, count, [&](int64_t t) {
       const int64_t position = c.positions[start + t];
       embed_token(m, c.ids[start + t], c.type_ids ? c.type_ids[start + t] : -1, position, x + t * m.width);
       rope_angles(m, position, angles + t * m.rotary_dim);
     });
+    PanelInputs in;
     for (int64_t i = 0; i < m.layers; ++i) {
       const LayerWeights& layer = m.blocks[i];
-      const float* in = m.pre_norm ? norm_rows(layer.norm1, count, mine) : x;
+      if (m.pre_norm)
+        in = norm_rows(layer.norm1, h, &layer.qkv, count, mine);
+      else if (!i)
+        in = prepare_rows(layer.qkv, x, m.width, count, mine);
       const bool unfinished = m.rotary_dim || m.clip != 0 || layer.q_norm.kind || layer.k_norm.kind;
-      product(layer.qkv, in, m.width, count, mine, [&](int64_t row, int64_t o, const float* sums, int64_t n) {
-        const int64_t at = row * layout.size + o;
-        if (unfinished || !by_pairs())
-          memcpy(qkv + at, sums, n * sizeof(float));
-        else
-          matrices::round_to_bf16(sums, n, rounded + at, n);
-      });
+      if (unfinished || !by_pairs())
+        product(layer.qkv, in, mine, qkv, layout.size, copy);
+      else
+        product(layer.qkv, in, mine, rounded, layout.size, [](const float* sums, int64_t n, uint16_t* to) {
+          matrices::round_to_bf16(sums, n, to, n);
+        });
       if (unfinished)
-        phase(mine, count, [&](int64_t t) {
+        each_token(mine, count, [&](int64_t t) {
           float* row = qkv + t * layout.size;
           finish_qkv(m, layer, layout, row, angles + t * m.rotary_dim, mine.together);
           if (by_pairs()) matrices::round_to_bf16(row, layout.size, rounded + t * layout.size, layout.size);
@@ -149,66 +159,83 @@ class PackedRun {
         attend<prompt::Tiles>((const uint16_t*)rounded, layer, first, last, mine);
       else
         attend<prompt::Plain>((const float*)qkv, layer, first, last, mine);
-      add(layer.out, attended, inner_width, count, mine);
-      in = m.pre_norm ? norm_rows(layer.norm2, count, mine) : norm_in_place(layer.norm1, count, mine);
+      add(layer.out, prepare_rows(layer.out, attended, inner_width, count, mine), mine);
+      in = m.pre_norm ? norm_rows(layer.norm2, h, &layer.up, count, mine) : norm_rows(layer.norm1, x, &layer.up, count, mine);
       up(layer.up, in, count, mine);
-      add(layer.down, inner, wide, count, mine);
-      if (!m.pre_norm) norm_in_place(layer.norm2, count, mine);
+      add(layer.down, prepare_rows(layer.down, inner, wide, count, mine), mine);
+      if (!m.pre_norm) in = norm_rows(layer.norm2, x, i + 1 < m.layers ? &m.blocks[i + 1].qkv : nullptr, count, mine);
     }
-    phase(mine, count, [&](int64_t t) {
+    each_token(mine, count, [&](int64_t t) {
       normed(m.final_norm, m.bf16, x + t * m.width, m.width, c.out + (start + t) * m.width);
     });
   }
 
-  const float* norm_rows(const NormWeights& norm, int64_t count, Own& mine) {
-    phase(mine, count, [&](int64_t t) { normed(norm, m.bf16, x + t * m.width, m.width, h + t * m.width); });
-    return h;
-  }
-
-  const float* norm_in_place(const NormWeights& norm, int64_t count, Own& mine) {
-    phase(mine, count, [&](int64_t t) { normed(norm, m.bf16, x + t * m.width, m.width, x + t * m.width); });
-    return x;
-  }
-
-  // W in, for panels of outputs and blocks of rows; `finish(row, output, sums, n)` takes n sums of a row from `output` on.
-  template <class F>
-  void product(const Matrix& w, const float* in, int64_t ldx, int64_t count, Own& mine, F finish) {
-    PanelInputs rows = {in, ldx, count};
+  // Rows of inputs of a product with w, in the form that it reads.
+  PanelInputs prepare_rows(const Matrix& w, const float* from, int64_t ldx, int64_t count, Own& mine) {
+    PanelInputs rows = {from, ldx, count};
     rows.place(inputs, w);
-    if (PanelInputs::needed(w)) phase(mine, count, [&](int64_t t) { rows.prepare_row(w, t); });
+    if (PanelInputs::needed(w)) each_token(mine, count, [&](int64_t t) { rows.prepare_row(w, t); });
+    return rows;
+  }
+
+  // The same of normalised rows of x, which are written to `to`; `next`: null if no product reads them.
+  PanelInputs norm_rows(const NormWeights& norm, float* to, const Matrix* next, int64_t count, Own& mine) {
+    PanelInputs rows = {to, m.width, count};
+    if (next) rows.place(inputs, *next);
+    const bool needed = next && PanelInputs::needed(*next);
+    each_token(mine, count, [&](int64_t t) {
+      normed(norm, m.bf16, x + t * m.width, m.width, to + t * m.width);
+      if (needed) rows.prepare_row(*next, t);
+    });
+    return rows;
+  }
+
+  static void copy(const float* sums, int64_t n, float* to) { memcpy(to, sums, n * sizeof(float)); }
+
+  // to (rows, ldt) = W in, for panels of outputs and blocks of rows; `finish(sums, n, at)` takes n sums of a row.
+  template <class T, class F>
+  void product(const Matrix& w, const PanelInputs& in, Own& mine, T* to, int64_t ldt, F finish) {
+    const int64_t count = in.rows;
     mine.panel.packed = nullptr;
-    // Few rows at a time where there would be fewer than four tasks per thread.
     const int64_t panels = (w.outputs + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
-    const int64_t wanted = (4 * c.threads + panels - 1) / panels;
-    const int64_t each = std::min(PANEL_ROWS, std::max<int64_t>(8 * TILE_ROWS, round_up((count + wanted - 1) / wanted, TILE_ROWS)));
-    const int64_t blocks = (count + each - 1) / each;
-    phase(mine, panels * blocks, [&](int64_t task) {
-      const int64_t first = task / blocks * PANEL_OUTPUTS, row = task % blocks * each, n = std::min(each, count - row);
-      panel_sums(w, rows, first, row, n, mine.panel);
+    // Each thread's share of the rows, which it takes for every panel; few rows are not divided, since a panel is packed for each
+    // share. A share is multiplied by up to PANEL_ROWS at a time, or by fewer for four tasks per thread.
+    const int64_t shares = count >= team.threads() * LEAST_SHARE ? team.threads() : 1;
+    const int64_t share = round_up((count + shares - 1) / shares, TILE_ROWS);
+    const int64_t wanted = (4 * team.threads() + shares * panels - 1) / (shares * panels);
+    const int64_t each = std::min(PANEL_ROWS, std::max<int64_t>(8 * TILE_ROWS, round_up((share + wanted - 1) / wanted, TILE_ROWS)));
+    const int64_t blocks = (share + each - 1) / each;
+    team.parallel_ranges(mine.thread, shares * panels * blocks, [&](int64_t task) {
+      const int64_t own = task / (panels * blocks) * share, first = task / blocks % panels * PANEL_OUTPUTS;
+      const int64_t row = own + task % blocks * each, n = std::min(each, std::min(count, own + share) - row);
+      if (n <= 0) return;
+      panel_sums(w, in, first, row, n, mine.panel);
       const int64_t outputs = std::min(PANEL_OUTPUTS, w.outputs - first);
-      for (int64_t r = 0; r < n; ++r) finish(row + r, first, mine.panel.sums + r * PANEL_OUTPUTS, outputs);
+      T* at = to + row * ldt + first;
+      for (int64_t r = 0; r < n; ++r, at += ldt) {
+        // A row's part is a few lines of a page of its own, which no processor prefetches by itself.
+        for (int64_t o = 0; o < outputs; o += 64 / int64_t(sizeof(T))) __builtin_prefetch(at + PREFETCHED_ROWS * ldt + o, 1);
+        finish(mine.panel.sums + r * PANEL_OUTPUTS, outputs, at);
+      }
     });
   }
 
   // x += W in.
-  void add(const Matrix& w, const float* in, int64_t ldx, int64_t count, Own& mine) {
-    product(w, in, ldx, count, mine, [&](int64_t row, int64_t o, const float* sums, int64_t n) {
-      float* to = x + row * m.width + o;
+  void add(const Matrix& w, const PanelInputs& in, Own& mine) {
+    product(w, in, mine, x, m.width, [](const float* sums, int64_t n, float* to) {
       for (int64_t i = 0; i < n; ++i) to[i] += sums[i];
     });
   }
 
   // inner = act(W in), or act(gate) * up.
-  void up(const Matrix& w, const float* in, int64_t count, Own& mine) {
+  void up(const Matrix& w, const PanelInputs& in, int64_t count, Own& mine) {
     if (!m.gated)
-      return product(w, in, m.width, count, mine, [&](int64_t row, int64_t o, float* sums, int64_t n) {
+      return product(w, in, mine, inner, wide, [this](float* sums, int64_t n, float* to) {
         activate(m.activation, sums, n);
-        memcpy(inner + row * wide + o, sums, n * sizeof(float));
+        copy(sums, n, to);
       });
-    product(w, in, m.width, count, mine, [&](int64_t row, int64_t o, const float* sums, int64_t n) {
-      memcpy(inner + row * wide + o, sums, n * sizeof(float));
-    });
-    phase(mine, count, [&](int64_t t) {
+    product(w, in, mine, inner, wide, copy);
+    each_token(mine, count, [&](int64_t t) {
       float *gates = inner + t * wide, *ups = gates + m.mlp_width;
       activate(m.activation, gates, m.mlp_width);
       for (int64_t i = 0; i < m.mlp_width; ++i) gates[i] *= ups[i];
@@ -233,7 +260,7 @@ class PackedRun {
     a.out_strides[0] = 0, a.out_strides[1] = m.head_dim, a.out_strides[2] = inner_width;
     prompt::Task<Dot, T, float> task(a, QUERY_BLOCK);
     SequenceTasks tasks(c.starts, first, last, m.kv_heads, QUERY_BLOCK);
-    phase(mine, tasks.count(), [&](int64_t index) {
+    team.parallel_ranges(mine.thread, tasks.count(), [&](int64_t index) {
       const auto [sequence, group, begin, end] = tasks.at(index);
       const int64_t start = c.starts[sequence] - c.starts[first];
       const T* at = heads + start * layout.size;

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include <atomic>
+#include <vector>
 #if defined(__unix__) || defined(__APPLE__)
 #include <sched.h>
 #endif
@@ -42,6 +43,20 @@ class ThreadTeam {
     barrier(idle);
   }
 
+  // The same with an equal range of consecutive indices for each thread, which then helps the others: where index i of every
+  // phase stands for the same rows, a thread finds most of them in its own caches.
+  template <class F>
+  void parallel_ranges(int thread, int64_t count, F work) {
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t owner = (thread + i) % size, begin = count * owner / size, end = count * (owner + 1) / size;
+      for (int64_t index; (index = begin + ranges[owner].taken.fetch_add(1, std::memory_order_relaxed)) < end;) work(index);
+    }
+    barrier([] { return false; });
+  }
+
+  // The number of threads; valid in `run`.
+  int64_t threads() const { return size; }
+
   // Runs `work(thread)` on `threads` threads, or on fewer if OpenMP provides fewer.
   template <class F>
   void run(int threads, F work) {
@@ -49,7 +64,10 @@ class ThreadTeam {
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp single
-      size = omp_get_num_threads();
+      {
+        size = omp_get_num_threads();
+        ranges = std::vector<Range>(size);
+      }
       work(omp_get_thread_num());
     }
 #else
@@ -67,6 +85,7 @@ class ThreadTeam {
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
       arrived.store(0, std::memory_order_relaxed);
       next.store(0, std::memory_order_relaxed);
+      for (Range& range : ranges) range.taken.store(0, std::memory_order_relaxed);
       phase.store(now + 1, std::memory_order_release);
       return;
     }
@@ -79,10 +98,15 @@ class ThreadTeam {
   alignas(64) std::atomic<int64_t> arrived{0};
   alignas(64) std::atomic<int64_t> phase{0};
   int64_t size = 1;
+
+  struct alignas(64) Range {
+    std::atomic<int64_t> taken{0};  // indices of a thread's range that have been begun
+  };
+  std::vector<Range> ranges = std::vector<Range>(1);
 };
 
 // Tasks of attention over the sequences [first, last): blocks of a sequence's tokens, and their heads, in order. Each thread has
-// its own, whose cursor finds the sequence of an index: a thread's indices only grow.
+// its own, whose cursor finds the sequence of an index; a thread's indices mostly grow.
 class SequenceTasks {
  public:
   struct Task {
@@ -91,13 +115,14 @@ class SequenceTasks {
 
   // `starts`: the first token of each sequence, and the end.
   SequenceTasks(const int64_t* starts, int64_t first, int64_t last, int64_t heads, int64_t block)
-      : starts(starts), heads(heads), block(block), sequence(first) {
+      : starts(starts), heads(heads), block(block), from(first), sequence(first) {
     for (int64_t i = first; i < last; ++i) total += tasks_of(i);
   }
 
   int64_t count() const { return total; }
 
   Task at(int64_t index) {
+    if (index < before) sequence = from, before = 0;
     while (index - before >= tasks_of(sequence)) before += tasks_of(sequence++);
     const int64_t own = index - before, begin = own / heads * block, length = length_of(sequence);
     return {sequence, own % heads, begin, begin + block < length ? begin + block : length};
@@ -108,7 +133,7 @@ class SequenceTasks {
   int64_t tasks_of(int64_t i) const { return heads * ((length_of(i) + block - 1) / block); }
 
   const int64_t* starts;
-  int64_t heads, block, sequence, before = 0, total = 0;
+  int64_t heads, block, from, sequence, before = 0, total = 0;
 };
 
 }  // namespace decode
