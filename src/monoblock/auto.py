@@ -107,7 +107,7 @@ def own_config(config: Any) -> PretrainedConfig:
     return as_own_config(config, families.family(fields["model_type"]).config)
 
 
-_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "gguf_file")
 
 
 class AutoModel(_AutoModel):

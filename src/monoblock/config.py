@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from monoblock.checkpoint.files import read_json, write_atomically
-from monoblock.checkpoint.hub import find_file
+from monoblock.checkpoint.hub import find_file, find_gguf, in_gguf
 from monoblock.checkpoint.options import HubOptions
 from monoblock.config_fields import COMMON, QUIET, REFUSED, TYPES
 from monoblock.config_tools import ToolFacts, foreign_fields
@@ -371,7 +371,15 @@ class PretrainedConfig(ToolFacts):
 
     @staticmethod
     def read_file(name: str | Path, options: HubOptions) -> tuple[Path, dict[str, Any]]:
-        """The path and the content of config.json; `name`: a folder, a name on the hub, or the path of the file."""
+        """The path and the content of config.json; `name`: a folder, a name on the hub, or the path of the file.
+
+        For a GGUF file, what its metadata say.
+        """
+        if in_gguf(name, options):
+            from monoblock.checkpoint.gguf import config, files  # import NumPy
+
+            paths = find_gguf(name, options)
+            return paths[0], config.model_config(files.opened(paths)) | {"_name_or_path": str(name)}
         path = Path(name)
         if not path.is_file():
             found = find_file(name, CONFIG_NAME, options)

@@ -13,6 +13,8 @@ LOSSLESS = 12  # bits
 # The value of `method` in config.json. Older files have it under `quant_method`, but there transformers ignores an
 # unknown name and returns a model with random weights; without `quant_method`, transformers raises an error.
 METHOD = "monoblock"
+# Tools whose quantised weights are read.
+SOURCES = ("gguf", "gptq", "awq")
 
 
 @dataclass(kw_only=True)
@@ -24,14 +26,23 @@ class WeightOnlyConfig:
     `bits`; the token embedding and the language model head to 8 bits. 12 bits: lossless compression of bfloat16
     weights, without groups. `modules_to_not_convert`: names of modules to leave unquantised, as in `named_modules()` or
     in transformers, full or last component.
+
+    `source` ("gguf", "gptq", "awq") marks weights that another tool quantised and that are kept as they are: bits,
+    groups (of 16 to 128) and the choice of matrices are those of the tensors, `bits` and `group_size` the most frequent
+    ones. It is set by loading such a checkpoint; weights cannot be quantised with it.
     """
 
     bits: int = 8
     group_size: int = 128
     modules_to_not_convert: list[str] | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("bits", (8, 4, 12)), ("group_size", (128, 64))):
+        if self.source is not None and self.source not in SOURCES:
+            known = ", ".join(map(repr, SOURCES))
+            raise ValueError(f"WeightOnlyConfig.source must be {known} or None, got {self.source!r}")
+        groups = (128, 64) if self.source is None else (128, 64, 32, 16)
+        for name, known in (("bits", (8, 4, 12) if self.source is None else (8, 4)), ("group_size", groups)):
             setattr(self, name, checked("WeightOnlyConfig", name, getattr(self, name), int))
             if (value := getattr(self, name)) not in known:
                 values = ", ".join(map(str, known[:-1]))
@@ -57,13 +68,18 @@ class WeightOnlyConfig:
     @property
     def summary(self) -> str:
         """A short description, without `modules_to_not_convert`."""
+        if self.source is not None:
+            return f"by {self.source.upper()}, kept as it is; most matrices int{self.bits}, groups of {self.group_size}"
         if self.bits == LOSSLESS:
             return f"bfloat16 in {LOSSLESS} bits, without loss"
         return f"int{self.bits}, groups of {self.group_size}; embedding and head in int8"
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `quantization_config` in config.json."""
-        return {"method": METHOD, **asdict(self)}
+        values = asdict(self)
+        if self.source is None:
+            del values["source"]
+        return {"method": METHOD, **values}
 
 
 @dataclass(kw_only=True)

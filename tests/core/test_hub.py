@@ -16,7 +16,7 @@ import pytest
 from hub_server import HubServer
 
 from monoblock.checkpoint import remote
-from monoblock.checkpoint.hub import HubOptions, find_file, find_weights
+from monoblock.checkpoint.hub import HubOptions, find_file, find_gguf, find_weights
 from monoblock.errors import CheckpointError, HubError
 
 NAME = "org/tiny"
@@ -537,10 +537,25 @@ def test_hub_options_are_popped_from_keywords():
     assert kwargs == {"dtype": "auto"}
 
 
-@pytest.mark.parametrize("name", ["use_auth_token", "proxies", "mirror", "gguf_file"])
+@pytest.mark.parametrize("name", ["use_auth_token", "proxies", "mirror"])
 def test_unsupported_options_are_refused(name):
     with pytest.raises(TypeError, match=re.escape(name)):
         HubOptions.pop({name: "x"})
+
+
+def test_gguf_files_and_their_parts(server, cache):
+    names = [f"x-0000{i}-of-00002.gguf" for i in (1, 2)]
+    server.add(NAME, MODEL | dict.fromkeys(names, b"GGUF") | {"one.gguf": b"GGUF"})
+    paths = find_weights(NAME, HubOptions(gguf_file=names[0], cache_dir=cache)).paths
+    assert [path.name for path in paths] == names
+    assert [path.name for path in find_gguf(NAME, HubOptions(gguf_file="one.gguf", cache_dir=cache))] == [
+        "one.gguf"
+    ]
+    refusal(
+        lambda: find_gguf(NAME, HubOptions(gguf_file="two.gguf", cache_dir=cache)),
+        "has no two.gguf",
+        "one.gguf",
+    )
 
 
 @pytest.mark.parametrize("subfolder", ["../x", "/x", "a\\b"])

@@ -15,7 +15,7 @@ def explained(names: Collection[str]) -> str | None:
     """What a folder with these file names holds and how to load it; None if no known case applies."""
     for name in sorted(names):
         if name.endswith(".gguf"):
-            return f"it holds a GGUF file ({name}), a format that is not supported: use the model's safetensors files"
+            return f"it holds a GGUF file ({name}): load it with gguf_file={name!r}, or give the file's path"
     if ADAPTER in names and "config.json" not in names:
         return (
             f"it holds a PEFT adapter ({ADAPTER}), not a model: the PyTorch classes load it together with its "

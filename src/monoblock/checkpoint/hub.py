@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 from monoblock.checkpoint.contents import explained
 from monoblock.checkpoint.files import read_json
 from monoblock.checkpoint.fingerprint import FINGERPRINTS
+from monoblock.checkpoint.gguf.header import is_gguf
+from monoblock.checkpoint.gguf.parts import part_names
 from monoblock.checkpoint.journal import hidden, located, version
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.remote import Remote
@@ -23,7 +25,7 @@ from monoblock.field_types import brief
 __all__ = ["HubOptions", "WeightFiles", "find_file", "find_weights", "kind_of", "read_json"]
 
 Read = TypeVar("Read")
-Kind = Literal["safetensors", "bin", "msgpack", "h5"]
+Kind = Literal["safetensors", "bin", "msgpack", "h5", "gguf"]
 
 # In order of preference; a single file is preferred to an index of the same kind. The last two are the files of
 # transformers 4's Flax and TensorFlow classes.
@@ -103,7 +105,12 @@ def find_file(
     `name_or_path` is a folder, or a hub repository such as "mosaicml/mpt-7b". If there is no such file: None, or
     `HubError` if it is `required`. `HubError` also if the model, the revision or the network is unavailable.
     """
-    location = _location(name_or_path, options or HubOptions())
+    options = options or HubOptions()
+    if in_gguf(name_or_path, options):
+        if required:
+            raise HubError(f"{options.gguf_file or name_or_path} is a GGUF file, which has no {filename}")
+        return None
+    location = _location(name_or_path, options)
     path = location.get(filename)
     if path is None and required:
         raise HubError(f"{location} has no {filename}; {_content(location, filename == 'config.json')}")
@@ -124,9 +131,14 @@ def find_weights(
     its index. `prefer`: kinds to try first, in order: "msgpack", or ("safetensors", "h5"). `variant="fp16"` looks for
     model.fp16.safetensors and so on. `use_safetensors`: True for safetensors only, False for other kinds only.
     `HubError` if there are no weights, or they cannot be downloaded; `CheckpointError` if an index is invalid or lists
-    a missing file.
+    a missing file. A GGUF file is taken if it is named, by its path or by `gguf_file`.
     """
-    location = _location(name_or_path, options or HubOptions())
+    options = options or HubOptions()
+    if in_gguf(name_or_path, options):
+        if variant is not None:
+            raise ValueError(f"variant={variant!r} is for folders: a GGUF file is named by gguf_file")
+        return WeightFiles(kind="gguf", paths=find_gguf(name_or_path, options))
+    location = _location(name_or_path, options)
     for kind in _order(prefer, use_safetensors):
         filename = _FORMATS[kind]
         path = location.get(_with_variant(filename, variant))
@@ -136,6 +148,37 @@ def find_weights(
         if index is not None:
             return _sharded(location, kind, index)
     raise _no_weights(location, variant, use_safetensors)
+
+
+def in_gguf(name_or_path: str | os.PathLike[str], options: HubOptions) -> bool:
+    """Whether a model is given as a GGUF file: by `gguf_file`, or by the path of one."""
+    if options.gguf_file is not None:
+        return True
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    return path.is_file() and (path.suffix == ".gguf" or is_gguf(path))
+
+
+def find_gguf(name_or_path: str | os.PathLike[str], options: HubOptions) -> tuple[Path, ...]:
+    """The local paths of a model's GGUF file and, if it is the first of several parts, of the others.
+
+    `HubError`: a file is missing, or cannot be downloaded. `CheckpointError`: the file is a part, but not the first.
+    """
+    if options.gguf_file is None:
+        path = Path(os.fspath(name_or_path)).expanduser()
+        location, first = _Folder(path.parent), path.name
+    else:
+        if Path(os.fspath(name_or_path)).expanduser().is_file():
+            raise ValueError(
+                f"gguf_file={options.gguf_file!r} is for folders and models on the hub, but {name_or_path} is a file"
+            )
+        location, first = _location(name_or_path, options), options.gguf_file
+    names = part_names(first) or [first]
+    paths = location.get_all(names)
+    for name, path in zip(names, paths, strict=True):
+        if path is None:
+            raise HubError(f"{location} has no {name}; {_content(location, False)}")
+    return tuple(path for path in paths if path is not None)
 
 
 def consistent_read(
@@ -179,7 +222,7 @@ def _location(name_or_path: str | os.PathLike[str], options: HubOptions) -> _Loc
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.is_file():
-            raise HubError(f"{name} is a file: give its folder, which holds config.json")
+            raise HubError(f"{name} is a file: give its folder, which holds config.json, or a GGUF file")
         if not isinstance(name_or_path, str) or _looks_local(name):
             raise HubError(f"there is no folder {name}: check the path (the current folder is {Path.cwd()})")
         return Remote(name, options)

@@ -12,7 +12,6 @@ _REFUSED = {
     "use_auth_token": "use token= instead",
     "proxies": "set the environment variables HTTPS_PROXY and HTTP_PROXY instead",
     "mirror": "set the environment variable HF_ENDPOINT instead",
-    "gguf_file": "GGUF files are not supported; use a folder or model with safetensors files",
 }
 
 
@@ -34,6 +33,14 @@ def warn_of_remote_code() -> None:
     )
 
 
+def _is_name(name: object) -> bool:
+    """Whether this is the relative path of a file inside a folder."""
+    if not isinstance(name, str):
+        return False
+    parts = PurePosixPath(name)
+    return bool(parts.name) and not parts.is_absolute() and ".." not in parts.parts and "\\" not in name
+
+
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
     """Download options of every `from_pretrained`.
@@ -41,6 +48,7 @@ class HubOptions:
     `revision`: branch, tag or commit hash. `token`: access token; True for the stored one, False for none, None for the
     stored one if there is one. `cache_dir`: the download cache. `local_files_only`: use only the cache.
     `force_download`: download cached files again. `subfolder`: the folder of the model's files in the repository.
+    `gguf_file`: the GGUF file in it that holds everything: config, weights and tokenizer.
     """
 
     revision: str | None = None
@@ -49,8 +57,13 @@ class HubOptions:
     local_files_only: bool = False
     force_download: bool = False
     subfolder: str = ""
+    gguf_file: str | None = None
 
     def __post_init__(self) -> None:
+        if self.gguf_file is not None and not _is_name(self.gguf_file):
+            raise ValueError(
+                f"gguf_file={self.gguf_file!r}: expected the name of a file, such as 'model-q8_0.gguf'"
+            )
         parts = PurePosixPath(self.subfolder)
         if parts.is_absolute() or ".." in parts.parts or "\\" in self.subfolder:
             raise ValueError(

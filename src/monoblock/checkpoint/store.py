@@ -1,19 +1,15 @@
 """Read checkpoint files: tensors by name, as views of memory-mapped files."""
 
-import ctypes
-import mmap
-import os
-import weakref
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from monoblock.checkpoint import pages
 from monoblock.checkpoint.array_adapters import ArrayAdapter, Framework, adapter, import_torch
 from monoblock.checkpoint.fingerprint import fingerprint
 from monoblock.checkpoint.hdf5 import Hdf5
-from monoblock.checkpoint.header import ITEM_BYTES, Header, TensorEntry, read_header
-from monoblock.checkpoint.hub import Kind, WeightFiles
+from monoblock.checkpoint.header import read_header
+from monoblock.checkpoint.hub import WeightFiles
+from monoblock.checkpoint.mapped import Mapped
 from monoblock.checkpoint.msgpack import read_msgpack
 from monoblock.checkpoint.naming import Naming, RenamedShard, Shard, flax_name, tensorflow_name
 from monoblock.checkpoint.pickles import plain_tensor, unpickled
@@ -23,9 +19,6 @@ from monoblock.errors import CheckpointError
 from monoblock.field_types import brief
 
 __all__ = ["Store", "open_store", "parse_size", "save_tensors"]
-
-
-_SLAB = 64 * 2**20  # bytes copied between releases of page-cache memory
 
 
 class Store:
@@ -76,9 +69,9 @@ class Store:
         """The tensors concatenated along axis 0 without a copy, over the files' memory; None where that is
         impossible."""
         shards = [self._owners[name] for name in names]
-        if not all(isinstance(shard, _Mapped) for shard in shards):
+        if not all(isinstance(shard, Mapped) for shard in shards):
             return None
-        return _Mapped.concatenated(cast(list[_Mapped], shards), names)
+        return Mapped.concatenated(cast(list[Mapped], shards), names)
 
     @property
     def outputs_first(self) -> bool:
@@ -100,6 +93,11 @@ def open_store(files: WeightFiles, framework: Framework) -> Store:
     installed.
     """
     arrays = adapter(framework)
+    if files.kind == "gguf":
+        from monoblock.checkpoint.gguf.tensors import open_gguf  # imports NumPy
+
+        whole = open_gguf(files.paths, arrays)
+        return Store([whole], dict.fromkeys(whole.names(), whole))
     shards: dict[Path, Shard] = {path: _OPENERS[files.kind](path, arrays) for path in files.paths}
     listed = files.weight_map or {}
     owners: dict[str, Shard] = {}
@@ -139,103 +137,9 @@ def _two_saves(folder: Path, name: str, first: str) -> CheckpointError:
     )
 
 
-class _Mapped:
-    """A private memory map of a file whose tensors' offsets are known. It holds the file that was opened: a later file
-    of the same name belongs to another save."""
-
-    def __init__(self, path: Path, arrays: ArrayAdapter, read: Callable[[Path], Header]):
-        self.path = path
-        try:
-            self._file = os.open(path, os.O_RDONLY)
-        except OSError:
-            read(path)  # raises an error that explains
-            raise
-        weakref.finalize(self, os.close, self._file).atexit = False
-        header = read(path)
-        if not os.path.samestat(path.stat(), os.fstat(self._file)):
-            raise CheckpointError(f"{path} was replaced while it was read: load again")
-        self.metadata = header.metadata
-        self._entries = header.entries
-        self._arrays = arrays
-        self._map = self._open()
-        self._given: set[str] = set()  # names whose range of the current map was handed out
-
-    def _open(self) -> mmap.mmap:
-        return mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
-
-    def names(self) -> KeysView[str]:
-        return self._entries.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name].shape
-
-    def dtype(self, name: str) -> str:
-        return self._entries[name].dtype
-
-    def tensor(self, name: str) -> Any:
-        entry = self._entries[name]
-        # Frameworks need aligned, contiguous elements.
-        direct = not entry.rest and not entry.begin % ITEM_BYTES[entry.dtype]
-        buffer = self._buffer(name, entry) if direct else self._copied(entry)
-        return self._arrays.from_buffer(buffer, entry.dtype, entry.shape)
-
-    @staticmethod
-    def concatenated(shards: Sequence["_Mapped"], names: Sequence[str]) -> Any:
-        """See `Store.concatenated`."""
-        entries = [shard._entries[name] for shard, name in zip(shards, names, strict=True)]
-        first = entries[0]
-        alike = all(e.dtype == first.dtype and e.shape[1:] == first.shape[1:] and not e.rest for e in entries)
-        if not alike or not first.shape or first.begin % ITEM_BYTES[first.dtype]:
-            return None
-        ranges = [pages.FileRange(s._file, e.begin, e.end) for s, e in zip(shards, entries, strict=True)]
-        if (buffer := pages.map_contiguous(ranges)) is None:
-            return None
-        shape = (sum(entry.shape[0] for entry in entries), *first.shape[1:])
-        return shards[0]._arrays.from_buffer(buffer, first.dtype, shape)
-
-    def _copied(self, entry: TensorEntry) -> bytearray:
-        """A copy of the entry's bytes; the mapped pages are released while copying."""
-        ranges = ((entry.begin, entry.end), *entry.rest)
-        copy = bytearray(sum(end - begin for begin, end in ranges))
-        at = 0
-        for begin, end in ranges:
-            for start in range(begin, end, _SLAB):
-                stop = min(start + _SLAB, end)
-                copy[at : at + stop - start] = memoryview(self._map)[start:stop]
-                at += stop - start
-                _release(self._map, *_inner_pages(start, stop))
-        return copy
-
-    def _buffer(self, name: str, entry: TensorEntry) -> ctypes.Array[ctypes.c_char]:
-        """The entry's range of the map, as an object that releases the pages it alone covers when it is freed.
-
-        Each range of a map is handed out once. A second tensor of the same name gets a new map: it must not see
-        changes made in the first one, nor lose its own when the first one's pages are released.
-        """
-        if name in self._given:
-            self._map = self._open()
-            self._given.clear()
-        self._given.add(name)
-        buffer = (ctypes.c_char * (entry.end - entry.begin)).from_buffer(self._map, entry.begin)
-        pages = _inner_pages(entry.begin, entry.end)
-        weakref.finalize(buffer, _release, self._map, *pages).atexit = False
-        return buffer
-
-
-def _inner_pages(begin: int, end: int) -> tuple[int, int]:
-    """Offset and length of the pages that lie entirely within [begin, end)."""
-    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-    return first, end // mmap.PAGESIZE * mmap.PAGESIZE - first
-
-
-def _release(pages: mmap.mmap, begin: int, length: int) -> None:
-    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-        pages.madvise(mmap.MADV_DONTNEED, begin, length)
-
-
 def _safetensors(path: Path, arrays: ArrayAdapter) -> Shard:
     """A safetensors file. If its metadata names transformers 4's Flax or TensorFlow format, names are translated."""
-    shard = _Mapped(path, arrays, read_header)
+    shard = Mapped(path, arrays, read_header)
     naming = _NAMINGS.get(shard.metadata.get("format", ""))
     return RenamedShard(shard, naming) if naming else shard
 
@@ -285,9 +189,9 @@ def _load_pickle(path: Path) -> dict[str, Any]:
 
 _NAMINGS: dict[str, Naming] = {"flax": flax_name, "tf": tensorflow_name}
 
-_OPENERS: dict[Kind, Callable[[Path, ArrayAdapter], Shard]] = {
+_OPENERS: dict[str, Callable[[Path, ArrayAdapter], Shard]] = {
     "safetensors": _safetensors,
     "bin": _Pickle,
-    "msgpack": lambda path, arrays: RenamedShard(_Mapped(path, arrays, read_msgpack), flax_name),
+    "msgpack": lambda path, arrays: RenamedShard(Mapped(path, arrays, read_msgpack), flax_name),
     "h5": lambda path, arrays: RenamedShard(Hdf5(path, arrays), tensorflow_name),
 }

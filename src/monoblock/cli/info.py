@@ -18,6 +18,7 @@ from monoblock.cli.options import DownloadOptions, Json
 
 if TYPE_CHECKING:
     from monoblock.checkpoint.hub import WeightFiles
+    from monoblock.checkpoint.options import HubOptions
     from monoblock.config import PretrainedConfig
     from monoblock.spec import ArchSpec
 
@@ -35,12 +36,16 @@ def info(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="The model, as --model: a folder, or a name on the hub.", show_default=False
+            metavar="MODEL",
+            help="The model, as --model: a folder, a GGUF file, or a name on the hub.",
+            show_default=False,
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Folder, or name on the hub; default: the embedded demo model."),
+        typer.Option(
+            "--model", "-m", help="Folder, GGUF file, or name on the hub; default: the embedded demo model."
+        ),
     ] = None,
     hub: DownloadOptions,
     as_json: Json = False,
@@ -52,7 +57,8 @@ def info(
     """Show a model's family, architecture, size, and the memory for its weights and its KV cache.
 
     Reads config.json and the headers of safetensors files; for a model on the hub, nothing else is downloaded without
-    --runtime. For a folder with a PEFT adapter, shows the adapter and its base model.
+    --runtime. A GGUF file is described by its metadata and its table of tensors. For a folder with a PEFT adapter,
+    shows the adapter and its base model.
     """
     from monoblock.checkpoint.adapter_files import is_adapter
     from monoblock.checkpoint.options import HubOptions
@@ -98,11 +104,17 @@ class Contents:
 def describe(path: str, hub: DownloadOptions) -> dict[str, Any]:
     """All results of `monoblock info`, by name: JSON values, except the spec. Sizes in bytes."""
     from monoblock import AutoConfig
+    from monoblock.checkpoint.hub import in_gguf
+    from monoblock.checkpoint.options import HubOptions
     from monoblock.quantization import stored_quantization
 
     config = AutoConfig.from_pretrained(path, **hub.kwargs())
     spec = config.to_spec()
-    contents = _local(Path(path)) if Path(path).is_dir() else _remote(path, hub)
+    options = HubOptions(**hub.kwargs())
+    if in_gguf(path, options):
+        contents = _gguf(path, options)
+    else:
+        contents = _local(Path(path)) if Path(path).is_dir() else _remote(path, hub)
     count = _parameters(config, spec)
     # A bidirectional model has no KV cache.
     widths = CACHE_BYTES if spec.causal else {}
@@ -178,6 +190,19 @@ def _local(folder: Path) -> Contents:
     except HubError as error:
         return Contents(files=files, stored=None, note=explained(files) or console.message_of(error))
     return Contents(files=files, stored=_stored(found), read=tuple(path.name for path in found.paths))
+
+
+def _gguf(path: str, options: HubOptions) -> Contents:
+    from monoblock.checkpoint.gguf.config import element_counts
+    from monoblock.checkpoint.gguf.files import opened
+    from monoblock.checkpoint.hub import find_gguf
+
+    paths = find_gguf(path, options)
+    return Contents(
+        files={file.name: file.stat().st_size for file in paths},
+        stored=dict(element_counts(opened(paths))),
+        read=tuple(file.name for file in paths),
+    )
 
 
 def _stored(weights: WeightFiles) -> dict[str, int] | None:

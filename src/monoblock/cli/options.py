@@ -50,10 +50,18 @@ class DownloadOptions:
     offline: Annotated[bool, typer.Option("--offline", help="Use only files that are on this machine.")] = (
         False
     )
+    gguf_file: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The GGUF file of the folder or repository that is the model."),
+    ] = None
 
     def kwargs(self) -> dict[str, Any]:
         """As arguments of `from_pretrained` or `HubOptions`."""
-        given: dict[str, Any] = {"revision": self.revision, "token": self.token}
+        given: dict[str, Any] = {
+            "revision": self.revision,
+            "token": self.token,
+            "gguf_file": self.gguf_file,
+        }
         return {k: v for k, v in given.items() if v is not None} | {"local_files_only": self.offline}
 
 
@@ -63,7 +71,9 @@ class ModelOptions:
 
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Folder, or name on the hub; default: the embedded demo model."),
+        typer.Option(
+            "--model", "-m", help="Folder, GGUF file, or name on the hub; default: the embedded demo model."
+        ),
     ] = None
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as stored.")] = Dtype.AUTO
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...")] = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from monoblock.checkpoint.hub import find_file
+from monoblock.checkpoint.hub import find_file, find_gguf, in_gguf
 from monoblock.checkpoint.options import HubOptions
 from monoblock.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from monoblock.spec import ArchSpec, Learned
@@ -40,7 +40,11 @@ class GenerationMixin:
 
     @staticmethod
     def file_generation_config(name: str | Path, hub: HubOptions) -> GenerationConfig | None:
-        """The checkpoint's generation_config.json, if there is one."""
+        """The checkpoint's generation_config.json, if there is one; for a GGUF file, what its metadata say."""
+        if in_gguf(name, hub):
+            from monoblock.checkpoint.gguf import config, files  # import NumPy
+
+            return GenerationConfig.from_dict(config.generation_config(files.opened(find_gguf(name, hub))))
         path = find_file(name, GENERATION_CONFIG_NAME, hub, required=False)
         return GenerationConfig.from_json_file(path) if path else None
 

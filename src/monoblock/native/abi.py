@@ -44,7 +44,7 @@ class Matrix(Structure):
     _fields_ = _fields(
         (c_void_p, "data scale low bias"),
         (c_int64, "outputs inputs"),
-        (c_int32, "format group bias_format reserved"),
+        (c_int32, "format group bias_format wide"),
     )
 
 

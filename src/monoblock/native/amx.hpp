@@ -46,6 +46,9 @@ class AmxTiles {
 
 inline bool by_codes(const Matrix& m) { return m.format == INT8 || m.format == INT4; }
 
+// Whether a tile can multiply codes: its rows of 64 codes must belong to one group. Others are dequantised to bf16.
+inline bool amx_by_codes(const Matrix& m) { return by_codes(m) && m.group >= AMX_STEP; }
+
 // Rows of inputs from which the products use AMX: with fewer, tiles of registers read quantised weights faster.
 inline int64_t amx_rows(const Matrix& m) { return m.format == F32 ? INT64_MAX : m.format == BF16 ? 4 : 9; }
 
@@ -76,7 +79,7 @@ struct AmxInputs {
   void place(void* scratch, const Matrix& m, int64_t rows, bool integers) {
     const int64_t blocks = (rows + SIDE - 1) / SIDE;
     char* at = (char*)round_up((int64_t)scratch, 64);
-    codes = integers && by_codes(m), inputs = m.inputs;
+    codes = integers && amx_by_codes(m), inputs = m.inputs;
     steps = codes ? round_up(m.inputs, RUN) / AMX_STEP : (m.inputs * 2 + AMX_STEP - 1) / AMX_STEP;
     groups = codes ? groups_of(m) : 0;
     tiles = at, at += blocks * steps * AMX_TILE;
@@ -148,8 +151,8 @@ struct AmxInputs {
           sums = _mm512_dpbusd_epi32(sums, offset, (__m512i)v[r]);
         }
       }
-      // A code of INT8 stands for itself - 128.
-      store(start + at, m.format == INT8 ? Ints{} - (Ints)sums : Ints{});
+      // A code of INT8 without `low` stands for itself - 128.
+      store(start + at, m.low ? Ints{} : Ints{} - (Ints)sums);
     }
   }
 
@@ -350,9 +353,14 @@ inline void amx_pack(const Matrix& m, bool codes, int64_t output, int64_t from, 
 }
 
 // The scales or lows of a group of 32 outputs as float32. The last output stands in for those beyond the end.
-inline void amx_halves(const Matrix& m, const uint16_t* from, int64_t output, int64_t groups, int64_t group, float* to) {
+inline void amx_values(const Matrix& m, const void* values, int64_t output, int64_t groups, int64_t group, float* to) {
+  if (m.wide) {
+    for (int o = 0; o < 2 * SIDE; ++o)
+      to[o] = ((const float*)values)[(output + o < m.outputs ? output + o : m.outputs - 1) * groups + group];
+    return;
+  }
   alignas(64) uint16_t half[2 * SIDE];
-  from += output * groups + group;
+  const uint16_t* from = (const uint16_t*)values + output * groups + group;
   if (output + 2 * SIDE <= m.outputs) {
     UNROLL for (int o = 0; o < 2 * SIDE; ++o, from += groups) half[o] = *from;
   } else {
@@ -393,8 +401,8 @@ inline void amx_sums(const Matrix& m, int64_t first, int64_t count, const AmxInp
     }
     const int64_t group = codes ? k * AMX_STEP / m.group : 0, groups = codes ? steps * AMX_STEP / m.group : 0;
     for (int64_t g = 0; g < groups; ++g) {
-      amx_halves(m, m.scale, output, in.groups, group + g, s.scale + g * 2 * SIDE);
-      if (m.low) amx_halves(m, m.low, output, in.groups, group + g, s.low + g * 2 * SIDE);
+      amx_values(m, m.scale, output, in.groups, group + g, s.scale + g * 2 * SIDE);
+      if (m.low) amx_values(m, m.low, output, in.groups, group + g, s.low + g * 2 * SIDE);
     }
     // The weights that are multiplied next are prefetched.
     AmxPrefetch prefetch;

@@ -10,23 +10,35 @@ inline void convert_to_float(const uint16_t* x, int64_t inputs, float* to) {
   for (; k < inputs; ++k) to[k] = from_bf16(x[k]);
 }
 
-// As `dequantise`, for one of the formats: the loop has no choices left.
-template <Format FORMAT, class T>
+// As `dequantise`, for one of the formats and parts of PART weights of a group: the loop has no choices left.
+template <Format FORMAT, int PART, class T>
 inline void dequantise_as(const Matrix& m, int64_t output, int64_t k, int64_t count, T* to) {
   const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
   const int64_t groups = output * groups_of(m);
-  for (int64_t start = k; start < k + count; start += BLOCK, to += BLOCK) {  // both group sizes are multiples of BLOCK
+  // Without `low`, codes of 8 bits are first made signed: then the product is rounded once.
+  const float middle = m.low ? 0.0f : 128.0f;
+  for (int64_t start = k; start < k + count; start += PART, to += PART) {
     const int64_t group = groups + start / m.group;
-    const float scale = from_half(m.scale[group]), low = FORMAT == INT4 ? from_half(m.low[group]) : 0.0f;
-    const bool high = start % RUN;  // the low nibbles of a run are its first 64 codes, the high nibbles the others
-    const uint8_t* block = FORMAT == INT8 ? codes + start : codes + start / RUN * BLOCK;
-    UNROLL for (int i = 0; i < BLOCK; i += LANES) {
+    const float scale = scale_of(m, group), low = m.low ? low_of(m, group) : 0.0f;
+    // The low nibbles of a run are its first 64 codes, the high nibbles the others.
+    const bool high = start % RUN >= BLOCK;
+    const uint8_t* block = FORMAT == INT8 ? codes + start : codes + start / RUN * BLOCK + start % BLOCK;
+    UNROLL for (int i = 0; i < PART; i += LANES) {
       const Words code = widen(load<Bytes>(block + i));
       if (FORMAT == INT8)
-        write(to + i, (__builtin_convertvector((Ints)code, Floats) - 128.0f) * scale);
+        write(to + i, (__builtin_convertvector((Ints)code, Floats) - middle) * scale + low);
       else
         write(to + i, __builtin_convertvector((Ints)(high ? code >> 4 : code & 15u), Floats) * scale + low);
     }
+  }
+}
+
+template <Format FORMAT, class T>
+inline void dequantise_as(const Matrix& m, int64_t output, int64_t k, int64_t count, T* to) {
+  switch (part_of(m)) {
+    case BLOCK: return dequantise_as<FORMAT, BLOCK>(m, output, k, count, to);
+    case 32: return dequantise_as<FORMAT, 32>(m, output, k, count, to);
+    default: return dequantise_as<FORMAT, LEAST_GROUP>(m, output, k, count, to);
   }
 }
 

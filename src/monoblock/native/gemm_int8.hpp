@@ -17,8 +17,8 @@ constexpr int PANEL = 64;              // rows of weights of a panel
 constexpr int VECTORS = PANEL / SIDE;  // vectors of a register tile
 constexpr int TOKENS = 6;              // rows of inputs of a register tile: their integer sums fill 24 registers
 
-// A packed panel: codes (padded / 4, VECTORS, SIDE, 4), those of INT8 less 128; scale, low (only INT4) and start (groups,
-// PANEL); bias (PANEL).
+// A packed panel: codes (padded / 4, VECTORS, SIDE, 4), those of INT8 less 128; scale, start, and low if the matrix has it
+// (groups, PANEL), which stands for a code of 0 here; bias (PANEL).
 struct PackedPanel {
   uint8_t* codes;
   float *scale, *low, *bias;
@@ -49,8 +49,9 @@ inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
     rows[r] = (const uint8_t*)m.data + row * bytes;
     to.bias[r] = bias_of(m, row);
     for (int64_t g = 0; g < groups; ++g) {
-      to.scale[g * PANEL + r] = from_half(m.scale[row * groups + g]);
-      if (m.format == INT4) to.low[g * PANEL + r] = from_half(m.low[row * groups + g]);
+      const float scale = scale_of(m, row * groups + g);
+      to.scale[g * PANEL + r] = scale;
+      if (m.low) to.low[g * PANEL + r] = low_of(m, row * groups + g) + (m.format == INT8 ? 128 * scale : 0);
     }
   }
   const __m512i ones = _mm512_set1_epi8(1);
@@ -69,10 +70,11 @@ inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
       UNROLL for (int i = 0; i < SIDE; ++i) {
         store(to.codes + (k / 4 + i) * PANEL * 4 + side * 64, v[i]);
         sums = _mm512_dpbusd_epi32(sums, ones, (__m512i)v[i]);
+        if ((k + 4 * i + 4) % m.group == 0) {
+          store(to.start + (k + 4 * i) / m.group * PANEL + side * SIDE, (Ints)sums * -128);
+          sums = __m512i{};
+        }
       }
-      if ((k + 64) % m.group) continue;
-      store(to.start + k / m.group * PANEL + side * SIDE, (Ints)sums * -128);
-      sums = __m512i{};
     }
   }
 }
@@ -111,8 +113,18 @@ inline void multiply_int8_group(const PackedPanel& w, int64_t g, const Prepared&
 }
 
 template <int T, int GROUP, bool LOW>
-__attribute__((noinline)) void multiply_int8_rows(const PackedPanel& w, const Prepared& p, int64_t row, float* sums) {
+__attribute__((noinline)) void multiply_int8_groups(const PackedPanel& w, const Prepared& p, int64_t row, float* sums) {
   for (int64_t g = 0; g < p.padded / GROUP; ++g) multiply_int8_group<T, GROUP, LOW>(w, g, p, row, sums);
+}
+
+template <int T, bool LOW>
+inline void multiply_int8_rows(const Matrix& m, const PackedPanel& w, const Prepared& p, int64_t row, float* sums) {
+  switch (m.group) {
+    case RUN: return multiply_int8_groups<T, RUN, LOW>(w, p, row, sums);
+    case 64: return multiply_int8_groups<T, 64, LOW>(w, p, row, sums);
+    case 32: return multiply_int8_groups<T, 32, LOW>(w, p, row, sums);
+    default: return multiply_int8_groups<T, LEAST_GROUP, LOW>(w, p, row, sums);
+  }
 }
 
 // Outputs of T rows of inputs for a packed panel.
@@ -120,10 +132,7 @@ template <int T>
 inline void multiply_panel(const Matrix& m, const PackedPanel& w, int64_t first, const Prepared& p, int64_t row, char* y,
                            int32_t y_format, int64_t ldy) {
   alignas(64) float sums[T * PANEL] = {};
-  if (m.format == INT8)
-    m.group == RUN ? multiply_int8_rows<T, RUN, false>(w, p, row, sums) : multiply_int8_rows<T, RUN / 2, false>(w, p, row, sums);
-  else
-    m.group == RUN ? multiply_int8_rows<T, RUN, true>(w, p, row, sums) : multiply_int8_rows<T, RUN / 2, true>(w, p, row, sums);
+  m.low ? multiply_int8_rows<T, true>(m, w, p, row, sums) : multiply_int8_rows<T, false>(m, w, p, row, sums);
   for (int i = 0; i < VECTORS; ++i) {
     const int64_t output = first + i * SIDE, left = m.outputs - output;
     if (left <= 0) break;

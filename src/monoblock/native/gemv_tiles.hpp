@@ -135,7 +135,8 @@ struct PairTile : BfloatTile<PairTile> {
 #if defined(__AVX512VNNI__)
 // Quantised weights with int8 inputs: one instruction (VPDPBUSD) multiplies 64 codes by 64 inputs and adds them in fours to
 // 16 integers. With x = q * q_scale in a group,
-//   sum(w x) = scale * q_scale * sum(code * q) + low * q_scale * sum(q),   where INT8's low is -128 * scale.
+//   sum(w x) = scale * q_scale * sum(code * q) + low * q_scale * sum(q),   where low is -128 * scale if INT8 has none.
+// With groups of 32 or 16, a vector of 64 products has several groups, each in some of its lanes.
 template <int32_t CODES>
 struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
@@ -146,8 +147,12 @@ struct CodeTile {
   template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
                          float (&out)[R][T]) {
-    return m.group == RUN ? sum_of<HINT, R, T, RUN>(m, p, output, gap, row, out)
-                          : sum_of<HINT, R, T, RUN / 2>(m, p, output, gap, row, out);
+    switch (m.group) {
+      case RUN: return sum_of<HINT, R, T, RUN>(m, p, output, gap, row, out);
+      case 64: return sum_of<HINT, R, T, 64>(m, p, output, gap, row, out);
+      case 32: return sum_of<HINT, R, T, 32>(m, p, output, gap, row, out);
+      default: return sum_of<HINT, R, T, LEAST_GROUP>(m, p, output, gap, row, out);
+    }
   }
 
   template <Hint HINT, int R, int T, int GROUP>
@@ -173,8 +178,9 @@ struct CodeTile {
           UNROLL for (int r = 0; r < R; ++r) {
             __m512i a = _mm512_dpbusd_epi32(none, (__m512i)codes[r][0], low);
             __m512i b = _mm512_dpbusd_epi32(EACH == 1 ? a : none, (__m512i)codes[r][1], high);
-            if (EACH == 2) sums[r][t] += floats(a) * scales[r][t][g];
-            sums[r][t] += floats(b) * scales[r][t][g + EACH - 1];
+            const float* own = scales[r][t] + g;
+            if (EACH > 1) sums[r][t] += floats(a) * by_lane<GROUP>(own);
+            sums[r][t] += floats(b) * by_lane<GROUP>(own + EACH / 2);
           }
         }
       }
@@ -183,6 +189,21 @@ struct CodeTile {
   }
 
   static INLINE Floats floats(__m512i v) { return __builtin_convertvector((Ints)v, Floats); }
+
+  // The scales of the groups of 64 products, in the lanes of their sums.
+  template <int GROUP>
+  static INLINE Floats by_lane(const float* scales) {
+    if constexpr (GROUP >= 64) {
+      return all(*scales);
+    } else if constexpr (GROUP == 32) {
+      const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+      const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)scales));
+      return (Floats)_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(two));
+    } else {
+      const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+      return (Floats)_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
+    }
+  }
 
   // The codes of 128 weights.
   template <Hint HINT, int T>
@@ -206,10 +227,8 @@ struct CodeTile {
     for (int g = 0; g < count; g += LANES)
       UNROLL for (int r = 0; r < R; ++r) {
         const int64_t at = (output + r * gap) * groups + first + g;
-        __builtin_prefetch(m.scale + at + SCALES_AHEAD);
-        if (FORMAT == INT4) __builtin_prefetch(m.low + at + SCALES_AHEAD);
-        Floats scale = halves(m.scale + at, count - g);
-        Floats low = FORMAT == INT8 ? scale * -128.0f : halves(m.low + at, count - g);
+        Floats scale = values(m, m.scale, at, count - g);
+        Floats low = FORMAT == INT8 && !m.low ? scale * -128.0f : values(m, m.low, at, count - g);
         UNROLL for (int t = 0; t < T; ++t) {
           const int64_t own = (row + t) * p.blocks + first + g;
           store(scales[r][t] + g, scale * load<Floats>(p.q_scale + own));
@@ -218,10 +237,17 @@ struct CodeTile {
       }
   }
 
-  // Up to 16 half-precision numbers as floats, padded with zeros.
-  static INLINE Floats halves(const uint16_t* from, int count) {
+  // Up to 16 scales or lows from index `at` on as floats, padded with zeros.
+  static INLINE Floats values(const Matrix& m, const void* from, int64_t at, int count) {
     const __mmask16 mask = count >= 16 ? 0xffff : (1u << count) - 1;
-    return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from));
+    if (m.wide) {
+      const float* own = (const float*)from + at;
+      __builtin_prefetch(own + SCALES_AHEAD);
+      return (Floats)_mm512_maskz_loadu_ps(mask, own);
+    }
+    const uint16_t* own = (const uint16_t*)from + at;
+    __builtin_prefetch(own + SCALES_AHEAD);
+    return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, own));
   }
 };
 #else
@@ -232,25 +258,34 @@ struct CodeTile {
   template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
                          float (&out)[R][T]) {
+    switch (part_of(m)) {
+      case BLOCK: return sum_of<HINT, R, T, BLOCK>(m, p, output, gap, row, out);
+      case 32: return sum_of<HINT, R, T, 32>(m, p, output, gap, row, out);
+      default: return sum_of<HINT, R, T, LEAST_GROUP>(m, p, output, gap, row, out);
+    }
+  }
+
+  // PART: inputs of one group whose products are scaled at once.
+  template <Hint HINT, int R, int T, int PART>
+  static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, float (&out)[R][T]) {
     const int64_t groups = groups_of(m), bytes = FORMAT == INT8 ? p.padded : p.padded / 2;
     const uint8_t* w = (const uint8_t*)m.data + output * bytes;
     const float *x = p.x + row * p.ldx, *block = p.q_sum + row * p.blocks;
     Floats sums[R][T] = {};
     float lows[R][T] = {};
-    for (int64_t b = 0; b < p.padded / BLOCK; ++b) {
-      int64_t group = output * groups + b * BLOCK / m.group;
-      int64_t at = FORMAT == INT8 ? b * BLOCK : b / 2 * BLOCK;
-      int shift = FORMAT == INT8 ? 0 : b % 2 * 4;
+    for (int64_t b = 0; b < p.padded / PART; ++b) {
+      const int64_t start = b * PART, group = output * groups + start / m.group;
+      int64_t at = FORMAT == INT8 ? start : start / RUN * BLOCK + start % BLOCK;
+      int shift = FORMAT == INT8 ? 0 : start % RUN / BLOCK * 4;
       for (int r = 0; r < R; ++r) {
         prefetch_weights<HINT, T>(w + r * gap * bytes + at);
-        float scale = from_half(m.scale[group + r * gap * groups]);
-        float low = FORMAT == INT8 ? -128 * scale : from_half(m.low[group + r * gap * groups]);
+        const float scale = scale_of(m, group + r * gap * groups), low = low_of(m, group + r * gap * groups);
         Floats part[T] = {};
-        for (int k = 0; k < BLOCK; k += LANES) {
+        for (int k = 0; k < PART; k += LANES) {
           Words codes = widen(load<Bytes>(w + r * gap * bytes + at + k));
           if (FORMAT == INT4) codes = codes >> shift & 15;
           Floats weights = __builtin_convertvector(bits<Ints>(codes), Floats);
-          UNROLL for (int t = 0; t < T; ++t) part[t] += weights * load<Floats>(x + t * p.ldx + b * BLOCK + k);
+          UNROLL for (int t = 0; t < T; ++t) part[t] += weights * load<Floats>(x + t * p.ldx + start + k);
         }
         UNROLL for (int t = 0; t < T; ++t) {
           sums[r][t] += part[t] * scale;

@@ -13,23 +13,25 @@ namespace matrices {
 enum Format : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, LOSSLESS = 4 };
 
 // W is (outputs, inputs), row-major. In the quantised formats and LOSSLESS a row is padded to a multiple of 128 inputs
-// ("padded"); `scale` and `low` are half precision (outputs, padded / group), where `group` is 64 or 128.
-//   INT8: one byte per weight; value = scale * (code - 128).
+// ("padded"); `scale` and `low` are (outputs, padded / group), where `group` is 16, 32, 64 or 128: half precision, or float32
+// if `wide`.
+//   INT8: one byte per weight; value = scale * (code - 128) without `low`, scale * code + low with it.
 //   INT4: 64 bytes per run of 128 weights, byte j = code[j] | code[j + 64] << 4; value = scale * code + low.
 //   LOSSLESS: bf16 in 12 bits, without scales; see lossless.hpp.
 struct Matrix {
   const void* data;
-  const uint16_t* scale;  // INT8 and INT4, else null
-  const uint16_t* low;    // INT4, else null
+  const void* scale;  // INT8 and INT4, else null
+  const void* low;    // INT4, and INT8 where zero is not code 128; else null
   const void* bias;       // (outputs,) or null
   int64_t outputs, inputs;
   int32_t format, group;
   int32_t bias_format;  // F32 or BF16
-  int32_t reserved;
+  int32_t wide;         // scale and low are float32
 };
 
 constexpr int RUN = 128;   // rows of quantised formats are padded to a multiple of this many inputs
-constexpr int BLOCK = 64;  // the smaller group size
+constexpr int BLOCK = 64;  // codes of a run that have the same half of their bytes in INT4
+constexpr int LEAST_GROUP = 16;
 constexpr int FEW = 8;     // rows of inputs of the largest tile
 
 // Rows of inputs in the form that `multiply` reads. `prepare` fills only the arrays that the matrix's format needs.
@@ -46,7 +48,7 @@ struct Prepared {
 
 // Bytes of scratch for `rows` rows of up to `inputs` inputs.
 inline int64_t prepared_bytes(int64_t inputs, int64_t rows) {
-  int64_t padded = round_up(inputs, RUN), blocks = round_up(padded / BLOCK, 16);
+  int64_t padded = round_up(inputs, RUN), blocks = round_up(padded / LEAST_GROUP, 16);
   return 64 + rows * (padded * (4 + 2 + 1) + blocks * 8);
 }
 
@@ -54,7 +56,7 @@ inline int64_t prepared_bytes(int64_t inputs, int64_t rows) {
 inline Prepared prepared_in(void* scratch, int64_t inputs, int64_t rows) {
   char* at = (char*)round_up((int64_t)scratch, 64);
   Prepared p = {};
-  p.padded = round_up(inputs, RUN), p.blocks = round_up(p.padded / BLOCK, 16);
+  p.padded = round_up(inputs, RUN), p.blocks = round_up(p.padded / LEAST_GROUP, 16);
   p.f = (float*)at, at += rows * p.padded * 4;
   p.q_scale = (float*)at, at += rows * p.blocks * 4;
   p.q_sum = (float*)at, at += rows * p.blocks * 4;
@@ -80,6 +82,21 @@ INLINE int64_t row_bytes(const Matrix& m) {
 }
 
 INLINE int64_t groups_of(const Matrix& m) { return round_up(m.inputs, RUN) / m.group; }
+
+// Inputs whose sum is stored once: those of a group, or of a part of a larger one.
+INLINE int part_of(const Matrix& m) { return m.group && m.group < BLOCK ? m.group : BLOCK; }
+
+// The stride of a row's scales and sums of inputs.
+INLINE int64_t blocks_of(const Matrix& m) { return round_up(round_up(m.inputs, RUN) / part_of(m), 16); }
+
+// The scale of a group, counted through all rows, and what is added to its products of scale and code.
+INLINE float scale_of(const Matrix& m, int64_t group) {
+  return m.wide ? ((const float*)m.scale)[group] : from_half(((const uint16_t*)m.scale)[group]);
+}
+INLINE float low_of(const Matrix& m, int64_t group) {
+  if (!m.low) return -128 * scale_of(m, group);
+  return m.wide ? ((const float*)m.low)[group] : from_half(((const uint16_t*)m.low)[group]);
+}
 
 INLINE float bias_of(const Matrix& m, int64_t output) {
   if (!m.bias) return 0;

@@ -158,10 +158,10 @@ inline void add_row(const Matrix& m, int64_t index, float* y) {
   for (int64_t i = 0; i < n; ++i) {
     const int64_t group = (index * padded + i) / m.group;
     if (m.format == INT8) {
-      y[i] += from_half(m.scale[group]) * (codes[i] - 128);
+      y[i] += m.low ? scale_of(m, group) * codes[i] + low_of(m, group) : scale_of(m, group) * (codes[i] - 128);
     } else {
       const int code = codes[i / RUN * BLOCK + i % BLOCK] >> (i % RUN / BLOCK * 4) & 15;
-      y[i] += from_half(m.scale[group]) * code + from_half(m.low[group]);
+      y[i] += scale_of(m, group) * code + low_of(m, group);
     }
   }
 }

@@ -53,7 +53,7 @@ struct PanelInputs {
 
   // Bytes of scratch for `rows` rows of up to `inputs` inputs.
   static int64_t bytes(int64_t inputs, int64_t rows) {
-    const int64_t padded = round_up(inputs, RUN), blocks = round_up(padded / BLOCK, 16);
+    const int64_t padded = round_up(inputs, RUN), blocks = round_up(padded / LEAST_GROUP, 16);
     return rows * (padded * 2 + blocks * 8) + 256;
   }
 
@@ -62,7 +62,7 @@ struct PanelInputs {
     char* at = (char*)round_up((int64_t)scratch, 64);
     bf16 = (uint16_t*)at;
     codes = {};
-    codes.padded = round_up(m.inputs, RUN), codes.blocks = round_up(codes.padded / BLOCK, 16);
+    codes.padded = round_up(m.inputs, RUN), codes.blocks = blocks_of(m);
     codes.q_scale = (float*)at, at += rows * codes.blocks * 4;
     codes.q_sum = (float*)at, at += rows * codes.blocks * 4;
     codes.q = (int8_t*)at, words = (int16_t*)at;
@@ -102,7 +102,7 @@ struct PanelScratch {
   static int64_t other_bytes([[maybe_unused]] int64_t inputs) {
     int64_t bytes = 64;
 #if defined(__AVX512VNNI__)
-    bytes = PackedPanel::bytes(inputs, BLOCK) + 64;
+    bytes = PackedPanel::bytes(inputs, LEAST_GROUP) + 64;
 #endif
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
     if (bytes < PackedBlock::BYTES + 64) bytes = PackedBlock::BYTES + 64;
@@ -114,8 +114,8 @@ struct PanelScratch {
   template <class Arena>
   PanelScratch(Arena& arena, int64_t inputs) {
     weights = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH);
-    scales = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH / BLOCK);
-    lows = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH / BLOCK);
+    scales = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH / LEAST_GROUP);
+    lows = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH / LEAST_GROUP);
     rows = arena.template take<float>(LANES * PANEL_DEPTH);
     sums = arena.template take<float>(PANEL_ROWS * PANEL_OUTPUTS);
     other = arena.template take<char>(other_bytes(inputs));
@@ -189,17 +189,18 @@ inline void pack_words(const Matrix& m, int64_t first, int64_t k, int64_t count,
       const int64_t output = first + side + r < m.outputs ? first + side + r : m.outputs - 1;
       const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
       int16_t* to = rows + r * PANEL_DEPTH - k;
+      const int16_t middle = m.low ? 0 : 128;
       for (int64_t g = k / m.group, i = 0; i < count; ++g, i += m.group) {
         const int64_t group = output * groups_of(m) + g, at = i / m.group * PANEL_OUTPUTS + side + r;
-        scratch.scales[at] = from_half(m.scale[group]);
-        scratch.lows[at] = m.low ? from_half(m.low[group]) : 0.0f;
+        scratch.scales[at] = scale_of(m, group);
+        scratch.lows[at] = m.low ? low_of(m, group) : 0.0f;
       }
       for (int64_t start = k; start < k + count; start += BLOCK) {
         const uint8_t* block = m.format == INT8 ? codes + start : codes + start / RUN * BLOCK;
         const int shift = start % RUN / BLOCK * 4;
         for (int i = 0; i < BLOCK; i += LANES) {
           const HalfInts code = widen_to_16(load<Bytes>(block + i));
-          store(to + start + i, m.format == INT8 ? code - 128 : code >> shift & 15);
+          store(to + start + i, m.format == INT8 ? code - middle : code >> shift & 15);
         }
       }
     }

@@ -81,11 +81,12 @@ inline void quantise_row(const float* x, int64_t row, const Matrix& m, Prepared&
   }
 }
 
-// For float32 inputs and quantised weights: the sum of each block of inputs, by which `low` is multiplied.
-inline void block_sums(const float* x, float* to, int64_t blocks) {
-  for (int64_t b = 0; b < blocks; ++b) {
+// For float32 inputs and quantised weights: the sum of each part of inputs, by which `low` is multiplied.
+inline void part_sums(const Matrix& m, const float* x, float* to, int64_t padded) {
+  const int part = part_of(m);
+  for (int64_t b = 0; b < padded / part; ++b) {
     Floats s = {};
-    for (int k = 0; k < BLOCK; k += LANES) s += load<Floats>(x + b * BLOCK + k);
+    for (int k = 0; k < part; k += LANES) s += load<Floats>(x + b * part + k);
     to[b] = sum(s);
   }
 }
@@ -93,7 +94,7 @@ inline void block_sums(const float* x, float* to, int64_t blocks) {
 // Prepares `rows` rows of inputs (row i at x + i * ldx) for `multiply` with m, on the calling thread. `p` may point to x,
 // which must stay valid until the product is done.
 inline void prepare(const Matrix& m, const float* x, int64_t ldx, int rows, Prepared& p) {
-  p.padded = round_up(m.inputs, RUN), p.blocks = round_up(p.padded / BLOCK, 16);
+  p.padded = round_up(m.inputs, RUN), p.blocks = blocks_of(m);
   p.x = x, p.ldx = ldx;
   for (int row = 0; row < rows && (m.format == BF16 || m.format == LOSSLESS); ++row)
     if (by_pairs(rows))
@@ -108,7 +109,7 @@ inline void prepare(const Matrix& m, const float* x, int64_t ldx, int rows, Prep
     for (int row = 0; row < rows; ++row) pad(x + row * ldx, m.inputs, p.f + row * p.padded, p.padded);
     p.x = p.f, p.ldx = p.padded;
   }
-  for (int row = 0; row < rows; ++row) block_sums(p.x + row * p.ldx, p.q_sum + row * p.blocks, p.padded / BLOCK);
+  for (int row = 0; row < rows; ++row) part_sums(m, p.x + row * p.ldx, p.q_sum + row * p.blocks, p.padded);
 #endif
 }
 

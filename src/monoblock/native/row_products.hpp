@@ -8,7 +8,7 @@ constexpr int64_t ROWS_BYTES = 256 << 10;  // inputs that are multiplied by a ch
 
 // Sets `p`, whose arrays have room for the rows, to these inputs of m; then `prepare_row` converts each row.
 inline void place_rows(const Matrix& m, const float* x, int64_t ldx, Prepared& p) {
-  p.padded = round_up(m.inputs, RUN), p.blocks = round_up(p.padded / BLOCK, 16);
+  p.padded = round_up(m.inputs, RUN), p.blocks = blocks_of(m);
   p.x = x, p.ldx = ldx;
 #if !defined(__AVX512VNNI__)
   if ((m.format == INT8 || m.format == INT4) && m.inputs != p.padded) p.x = p.f, p.ldx = p.padded;
@@ -31,7 +31,7 @@ inline void prepare_row(const Matrix& m, const float* x, int64_t ldx, int64_t ro
   quantise_row(from, row, m, p);
 #else
   if (p.x != x) pad(from, m.inputs, p.f + row * p.padded, p.padded);
-  block_sums(p.x + row * p.ldx, p.q_sum + row * p.blocks, p.padded / BLOCK);
+  part_sums(m, p.x + row * p.ldx, p.q_sum + row * p.blocks, p.padded);
 #endif
 }
 

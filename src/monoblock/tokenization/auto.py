@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from monoblock.checkpoint.hub import HubOptions, find_file, read_json
+from monoblock.checkpoint.gguf.header import read_gguf
+from monoblock.checkpoint.hub import HubOptions, find_file, find_gguf, in_gguf, read_json
 from monoblock.field_types import checked_fields, in_file
+from monoblock.tokenization import gguf
 from monoblock.tokenization.classes import CLASSES, LlamaTokenizer, by_model_type, by_name
 from monoblock.tokenization.fast import PreTrainedTokenizerFast
 from monoblock.tokenization.files import BACKEND_FILE, is_vocabulary, read_config
@@ -48,9 +50,13 @@ def _choose(
         if (chosen := by_model_type(tokenizer_type)) is not None:
             return chosen
         raise ValueError(f"tokenizer_type={tokenizer_type!r} is not known; {_known()}")
+    options = HubOptions.pop(dict(kwargs))
+    if in_gguf(name, options):
+        chosen = by_name(gguf.class_name(read_gguf(find_gguf(name, options)[0])))
+        assert chosen is not None
+        return chosen
     if Path(name).is_file():
         return LlamaTokenizer if is_vocabulary(name) else PreTrainedTokenizerFast
-    options = HubOptions.pop(dict(kwargs))
     class_name, model_type = (
         read_config(name, options).get("tokenizer_class"),
         getattr(config, "model_type", None),

@@ -9,9 +9,11 @@ from typing import Any, cast
 
 from tokenizers import AddedToken, Tokenizer
 
-from monoblock.checkpoint.hub import HubOptions, find_file, read_json
+from monoblock.checkpoint.gguf.header import read_gguf
+from monoblock.checkpoint.hub import HubOptions, find_file, find_gguf, in_gguf, read_json
 from monoblock.errors import FieldError, HubError
 from monoblock.field_types import brief, checked, declared, in_file
+from monoblock.tokenization import gguf
 from monoblock.tokenization.backend import read_backend as backend_of_file
 from monoblock.tokenization.families import BuiltBackend, TokenizerFamily, read_text
 from monoblock.tokenization.file_fields import OWNER, ConfigFields, Token, check_config, token_id
@@ -54,6 +56,9 @@ def load(name: str | Path, family: TokenizerFamily, overrides: Mapping[str, Any]
     options = HubOptions.pop(overrides)
     for key in _NO_EFFECT:
         overrides.pop(key, None)
+    if in_gguf(name, options):
+        found = gguf.arguments(read_gguf(find_gguf(name, options)[0]))
+        return {**found, **overrides, "name_or_path": str(name)}
     if Path(name).is_file():
         key = "vocab_file" if is_vocabulary(name) else "tokenizer_file"
         return {key: str(name), "name_or_path": str(name), **overrides}

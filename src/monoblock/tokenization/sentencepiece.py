@@ -23,13 +23,15 @@ MOST_MERGES = 4_000_000  # splits of pieces into two others; vocabularies of 131
 FIRST_SPACE = rf"\A[ {SPACE}]"
 
 
-def from_model(model: SentencePieceModel, options: Mapping[str, Any], path: str) -> Tokenizer:
-    """The backend of a `tokenizer.model`.
+def from_model(
+    model: SentencePieceModel, options: Mapping[str, Any], path: str, *, unused: bool = False
+) -> Tokenizer:
+    """The backend of a `tokenizer.model`; with `unused`, also of one with unused pieces, which no text encodes to.
 
     Options: `add_prefix_space` (default: as in the model); `legacy=True` also inserts the prefix after each special
     token, as early versions of transformers' LlamaTokenizer did.
     """
-    _check(model, path)
+    _check(model, path, unused)
     if model.kind == "bpe":
         backend = Tokenizer(_bpe(model))
     elif model.kind == "unigram":
@@ -104,7 +106,7 @@ def _sequence(components: list[Any], many: Callable[[list[Any]], Any]) -> Any:
     return many(components) if len(components) > 1 else components[0] if components else None
 
 
-def _check(model: SentencePieceModel, path: str) -> None:
+def _check(model: SentencePieceModel, path: str, unused: bool) -> None:
     """Refuse models that would be encoded differently from SentencePiece."""
     what = None
     if model.kind not in ("bpe", "unigram", "word"):
@@ -117,7 +119,7 @@ def _check(model: SentencePieceModel, path: str) -> None:
         what = "it changes decoded text (denormalizer_spec)"
     elif not 0 <= model.unk_id < len(model.pieces):
         what = f"it has no unknown piece (unk_id={model.unk_id})"
-    elif UNUSED in model.types:
+    elif UNUSED in model.types and not unused:
         what = f"it has unused pieces, such as {model.pieces[model.types.index(UNUSED)]!r}"
     if what is not None:
         raise UnsupportedConfig(
@@ -208,7 +210,7 @@ def _trie_pattern(words: Iterable[str]) -> str:
 def _bpe(model: SentencePieceModel, whole: bool = True) -> BPE:
     vocab = {piece: index for index, piece in enumerate(model.pieces)}
     # SentencePiece merges any two adjacent pieces that form a piece, the one with the best score first.
-    hidden = {model.pieces[index] for index in model.of_type(UNKNOWN, CONTROL, BYTE)}
+    hidden = {model.pieces[index] for index in model.of_type(UNKNOWN, CONTROL, BYTE, UNUSED)}
     scores = {
         piece: score for piece, score in zip(model.pieces, model.scores, strict=True) if piece not in hidden
     }

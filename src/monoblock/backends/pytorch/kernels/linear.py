@@ -133,6 +133,7 @@ def native_matrix(weight: Tensor | QuantizedTensor, bias: Tensor | None) -> Matr
             QUANTIZED[bits],
             group,
             bias_format,
+            scale is not None and scale.dtype == torch.float32,
         )
     outputs, inputs = weight.shape
     return Matrix(

@@ -20,8 +20,8 @@ from monoblock.checkpoint import quantized
 from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
 from monoblock.checkpoint.matching import LoadReport, match_tensors
 from monoblock.checkpoint.weights import Tensors
-from monoblock.errors import CheckpointError
-from monoblock.quantization import QuantizationConfig, WeightOnlyConfig, stored_quantization
+from monoblock.errors import CheckpointError, ShapeMismatch
+from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfig, stored_quantization
 
 Device = Callable[[str], torch.device]
 
@@ -60,10 +60,11 @@ def load(
     held = keymap.match(names, parts["codes"], tied).sources
     kinds = {kind: keymap.match(held, parts[kind], tied).sources for kind in ("scale", "low")}
     expected: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in quantized.COMPONENTS}
-    for canonical in held:
+    for canonical, source in held.items():
         rows, columns = shapes[canonical]
-        bits = formats.bits_of(kind for kind, sources in kinds.items() if canonical in sources)
-        for part, shape in formats.shapes(bits, how.group_size, rows, columns).items():
+        has = {kind: canonical in sources for kind, sources in kinds.items()}
+        bits, group = _form(source.names[0], parts, has, how, columns)
+        for part, shape in formats.shapes(bits, group, rows, columns, has["low"]).items():
             expected[part][canonical] = shape
     found = {
         part: match_tensors(parts[part], keymap, shapes, tied, ignore_mismatched_sizes=False, strict=strict)
@@ -74,16 +75,21 @@ def load(
         where = device(here.names[0])
         parameter_tensors = {
             part: loading.parameter_tensors(
-                here, sources[canonical], parts[part], expected[part][canonical], kind, where
+                here,
+                sources[canonical],
+                parts[part],
+                expected[part][canonical],
+                _dtype(parts[part], sources[canonical], part),
+                where,
             )
-            for part, kind in formats.DTYPES.items()
+            for part in formats.DTYPES
             if canonical in (sources := found[part][0])
         }
         for i, name in enumerate(here.names):
             path = name.rpartition(".")[0]
             tensors = {part: split.parts[i] for part, split in parameter_tensors.items()}
             module = model.get_submodule(path)
-            matrix = QuantizedTensor.of(tensors, how.group_size, shapes[canonical][1])
+            matrix = QuantizedTensor.of(tensors, shapes[canonical][1])
             replace(model, path, quantized_module(module, matrix, dtype))
         for part, split in parameter_tensors.items():
             if split.whole is not None:
@@ -94,6 +100,34 @@ def load(
     report = found["codes"][1]
     unused, extra = ([f"{name}.codes" for name in names] for names in (report.unused, report.extra))
     return LoadReport(unused=unused, extra=extra)
+
+
+def _form(
+    name: str,
+    parts: Mapping[str, Tensors],
+    has: Mapping[str, bool],
+    how: WeightOnlyConfig,
+    inputs: int,
+) -> tuple[int, int]:
+    """Bits and group of a stored matrix. Those of matrices that another tool quantised are in its tensors' shapes; of
+    others the config says the group, and the tensors that there are say the bits."""
+    if how.source is None:
+        return 4 if has["low"] else 8 if has["scale"] else LOSSLESS, how.group_size
+    widths = [parts[part].shape(name) for part in ("codes", "scale") if part == "codes" or has["scale"]]
+    try:
+        if any(len(shape) != 2 for shape in widths):
+            raise ValueError("its tensors are no matrices")
+        return formats.form_of(widths[0][1], widths[1][1] if has["scale"] else None, inputs)
+    except ValueError as error:
+        raise ShapeMismatch(
+            f"{name} in {parts['codes'].path(name).name} is in no known format of quantised weights: {error}"
+        ) from error
+
+
+def _dtype(tensors: Tensors, source: TensorSource, part: str) -> torch.dtype:
+    """The dtype to read a component in: float32 for scales that are stored so."""
+    wide = part != "codes" and any(tensors.dtype(name) == "F32" for name in source.names)
+    return torch.float32 if wide else formats.DTYPES[part]
 
 
 def quantizer(model: ModelBase, how: QuantizationConfig | None) -> Quantizer | None:

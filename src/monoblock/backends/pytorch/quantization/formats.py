@@ -2,9 +2,14 @@
 
 A matrix (outputs, inputs) is quantised along its inputs, which are padded to a multiple of 128:
 
-    8 bits   codes uint8 (outputs, padded); scale fp16 (outputs, padded / group);      weight = scale * (code - 128)
-    4 bits   codes uint8 (outputs, padded / 2); scale and low fp16 (as above);         weight = scale * code + low
+    8 bits   codes uint8 (outputs, padded); scale (outputs, padded / group);           weight = scale * (code - 128)
+             or also low (as scale);                                                   weight = scale * code + low
+    4 bits   codes uint8 (outputs, padded / 2); scale and low (as above);              weight = scale * code + low
     12 bits  codes uint8 (outputs, bytes of a row), nothing else: lossless bfloat16; see bf12.py
+
+`pack` gives fp16 scales for groups of 64 or 128. Matrices that other tools quantised also have groups of 16 or 32,
+scale and low in float32, and low in 8 bits, as far as their numbers need it (checkpoint/packed.py). The tensors' shapes
+tell the bits and the group.
 
 In 4 bits, byte j of each run of 128 weights holds the codes of weights j (low nibble) and j + 64 (high nibble). Rows
 are independent, so that quantised matrices can be concatenated and split by rows.
@@ -12,7 +17,7 @@ are independent, so that quantised matrices can be concatenated and split by row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -23,11 +28,12 @@ from monoblock.backends.pytorch.quantization import bf12
 from monoblock.backends.pytorch.quantization.bf12 import RUN
 from monoblock.quantization import LOSSLESS
 
-GROUPS = (64, 128)
+GROUPS = (16, 32, 64, 128)
 BITS = (8, 4)  # with scales
 MIDDLE = 128  # the code of 0 in 8 bits
-# The tensors of a quantised matrix, in the order in which a QuantizedTensor has them.
+# The tensors of a quantised matrix, in the order in which a QuantizedTensor has them, with the dtypes of `pack`.
 DTYPES = {"codes": torch.uint8, "scale": torch.float16, "low": torch.float16}
+SCALES = (torch.float16, torch.float32)  # the dtypes that scale and low may have
 
 # Rows are quantised and dequantised in chunks of about this many weights, which stay in a core's cache.
 _CHUNK = 1 << 20
@@ -39,7 +45,7 @@ _ROUNDS = 2  # iterations of fitting scale and low to the codes, and recomputing
 
 
 class QuantizedTensor(NamedTuple):
-    """A matrix (rows, columns) in one of the formats; `scale` only in 8 and 4 bits, `low` only in 4 bits.
+    """A matrix (rows, columns) in one of the formats; `scale` and `low` as in the module's table.
 
     A tuple, since one is created for each product: that takes 0.4 microseconds, a frozen dataclass 1.3.
     """
@@ -52,11 +58,12 @@ class QuantizedTensor(NamedTuple):
     columns: int
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], group: int, columns: int) -> QuantizedTensor:
-        """The matrix of these tensors; their names determine the number of bits."""
+    def of(cls, tensors: Mapping[str, Tensor], columns: int) -> QuantizedTensor:
+        """The matrix of these tensors; their shapes determine the number of bits and the group."""
         codes, scale, low = (tensors.get(name) for name in DTYPES)
         assert codes is not None
-        return cls(codes, scale, low, bits_of(tensors), group, columns)
+        bits, group = form_of(codes.shape[1], None if scale is None else scale.shape[1], columns)
+        return cls(codes, scale, low, bits, group, columns)
 
     @property
     def rows(self) -> int:
@@ -94,20 +101,30 @@ class QuantizedTensor(NamedTuple):
         return weights.flatten(1)[:, :columns].to(dtype)
 
 
-def shapes(bits: int, group: int, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
-    """The shapes of a quantised matrix's tensors, by name."""
+def shapes(
+    bits: int, group: int, outputs: int, inputs: int, low: bool | None = None
+) -> dict[str, tuple[int, int]]:
+    """The shapes of a quantised matrix's tensors, by name; `low`: whether it has one (None: in 4 bits)."""
     if bits == LOSSLESS:
         return {"codes": bf12.shape(outputs, inputs)}
     padded = -(-inputs // RUN) * RUN
     scale = (outputs, padded // group)
     found = {"codes": (outputs, padded * bits // 8), "scale": scale}
-    return found | ({"low": scale} if bits == 4 else {})
+    return found | ({"low": scale} if (bits == 4 if low is None else low) else {})
 
 
-def bits_of(parts: Iterable[str]) -> int:
-    """The number of bits of a matrix with tensors of these names."""
-    names = set(parts)
-    return 4 if "low" in names else 8 if "scale" in names else LOSSLESS
+def form_of(codes: int, scales: int | None, inputs: int) -> tuple[int, int]:
+    """Bits and group of a matrix with `codes` bytes and `scales` scales (None: no scales) per row.
+
+    ValueError: there is no such format."""
+    if scales is None:
+        return LOSSLESS, RUN
+    padded = -(-inputs // RUN) * RUN
+    bits = next((bits for bits in BITS if codes == padded * bits // 8), None)
+    group = next((group for group in GROUPS if scales * group == padded), None)
+    if bits is None or group is None:
+        raise ValueError(f"rows of {inputs} weights have {codes} bytes of codes and {scales} scales")
+    return bits, group
 
 
 class DoesNotFit(ValueError):
@@ -140,7 +157,7 @@ def pack(weight: Tensor, bits: int, group: int) -> QuantizedTensor:
         raise ValueError(
             "a matrix has weights beyond fp16's range: it cannot be quantised; name it in modules_to_not_convert"
         )
-    return QuantizedTensor.of(made, group, inputs)
+    return QuantizedTensor.of(made, inputs)
 
 
 def _lossless(weight: Tensor) -> Tensor:

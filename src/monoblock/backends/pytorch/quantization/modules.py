@@ -14,8 +14,8 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 
 
 class QuantizedMatrix(nn.Module):
-    """Buffers `codes`, `scale` (8 and 4 bits, else None) and `low` (4 bits, else None) of a matrix (rows, columns) that
-    is not trained."""
+    """Buffers `codes`, `scale` and `low` (None where the format has none) of a matrix (rows, columns) that is not
+    trained."""
 
     codes: Tensor
     scale: Tensor | None
@@ -52,7 +52,7 @@ class QuantizedMatrix(nn.Module):
         format."""
         halves = [self.scale, self.low]
         with torch.no_grad():
-            kept = [None if x is None else fn(x.view(torch.int16)).view(torch.float16) for x in halves]
+            kept = [None if x is None else fn(x.view(torch.int16)).view(x.dtype) for x in halves]
         self.scale = self.low = None
         super()._apply(fn, recurse)
         self.scale, self.low = kept

@@ -66,6 +66,10 @@ class Quantizer:
     """Quantises the matrices of a model while they are loaded (`put`), and the remaining ones in `finish`."""
 
     def __init__(self, model: ModelBase, how: WeightOnlyConfig) -> None:
+        if how.source is not None:
+            raise ValueError(
+                f"WeightOnlyConfig.source={how.source!r} marks weights that were quantised elsewhere: leave it out"
+            )
         self.model, self.how, self.unreturned = model, how, 0
         names = list(matrices(model))
         kept = _kept(model, names, how.modules_to_not_convert or ())

@@ -1,0 +1,1 @@
+"""GGUF files, llama.cpp's format: header, config, tensors under transformers' names."""
