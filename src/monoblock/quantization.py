@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
+from monoblock.checkpoint.packed_config import parse_declaration
 from monoblock.errors import UnsupportedConfig
 from monoblock.field_types import brief, checked
 
@@ -184,12 +185,16 @@ def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
 def stored_quantization(config: Any) -> WeightOnlyConfig | None:
     """The quantisation of a checkpoint's weights, from `quantization_config` in its config; None: unquantised.
 
-    UnsupportedConfig for methods of other tools.
+    UnsupportedConfig for methods of other tools than GPTQ and AWQ, and for layouts of these that are not read.
     """
     found: Any = getattr(config, "quantization_config", None)
     if found is None:
         return None
     held = cast("Mapping[str, Any]", found if isinstance(found, Mapping) else {})
+    if held.get("quant_method") in ("gptq", "awq"):
+        how = parse_declaration(held, f"{type(config).__name__}.quantization_config")
+        group = how.group if how.group in (16, 32, 64, 128) else 128
+        return WeightOnlyConfig(bits=how.bits, group_size=group, source=how.source)
     if (method := held.get("quant_method", held.get("method"))) != METHOD:
         what = f"quant_method={brief(method)}" if method else brief(found)
         raise UnsupportedConfig(

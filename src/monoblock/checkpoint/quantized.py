@@ -41,7 +41,9 @@ def is_quantized(names: Iterable[str]) -> bool:
 
 def refuse(tensors: Tensors) -> None:
     """CheckpointError if there are quantised matrices, for readers that do not support them."""
-    if (found := next((name for name in tensors if name.endswith(_ENDINGS)), None)) is not None:
+    if (
+        found := next((name for name in tensors if name.endswith((*_ENDINGS, ".qweight"))), None)
+    ) is not None:
         raise CheckpointError(
             f"{tensors.path(found).name} holds quantised weights ({found}), which only the PyTorch classes read: load "
             "the folder with one of them, call dequantize(), and save the result"

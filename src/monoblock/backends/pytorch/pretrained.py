@@ -342,10 +342,13 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
                 use_safetensors=options.use_safetensors,
                 prefer=options.prefer,
             )
-            return settings, generation, open_store(files, "pt")
+            store = checkpoint.opened(open_store(files, "pt"), settings, name, options.hub)
+            return settings, generation, store
 
         settings, generation, store = read() if name is None else consistent_read(name, options.hub, read)
         dtype = loading.chosen_dtype(options.dtype, settings.dtype, quantized.plain(store))
+        if options.dtype in (None, "auto") and dtype == torch.float16 and options.device_map is None:
+            dtype = checkpoint.dtype_on_cpu(store, dtype)
         with torch.device("meta"):
             model = cls(settings)
         info = model._load(store, dtype, options)

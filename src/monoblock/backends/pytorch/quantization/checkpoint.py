@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,11 +18,17 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix, quantized_module
 from monoblock.backends.pytorch.quantization.quantize import Quantizer, matrices
 from monoblock.checkpoint import quantized
+from monoblock.checkpoint.hub import HubOptions, find_file, read_json
 from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
 from monoblock.checkpoint.matching import LoadReport, match_tensors
+from monoblock.checkpoint.packed_config import FILES, parse_declaration
+from monoblock.checkpoint.packed_tensors import PackedTensors, recognised
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
+from monoblock.field_types import brief
 from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfig, stored_quantization
+
+log = logging.getLogger("monoblock")
 
 Device = Callable[[str], torch.device]
 
@@ -128,6 +135,55 @@ def _dtype(tensors: Tensors, source: TensorSource, part: str) -> torch.dtype:
     """The dtype to read a component in: float32 for scales that are stored so."""
     wide = part != "codes" and any(tensors.dtype(name) == "F32" for name in source.names)
     return torch.float32 if wide else formats.DTYPES[part]
+
+
+def opened(store: Tensors, config: Any, name: Any, hub: HubOptions) -> Tensors:
+    """The store, with matrices that GPTQ or AWQ quantised in this library's formats.
+
+    CheckpointError: neither config.json nor the tool's own file declares them, or they are damaged. UnsupportedConfig:
+    the declared layout is not supported. A declaration in the tool's file is added to the config.
+    """
+    if (tool := recognised(store)) is None:
+        return store
+    found: Any = getattr(config, "quantization_config", None)
+    owner = f"{type(config).__name__}.quantization_config"
+    if found is None:
+        for file, method in FILES.items():
+            if name is not None and (path := find_file(name, file, hub, required=False)) is not None:
+                found, owner = {"quant_method": method, **read_json(path)}, path.name
+                config.quantization_config = found
+                break
+    if found is None:
+        raise CheckpointError(
+            f"{name} has tensors named qweight, as {tool.upper()} writes them, but neither config.json "
+            f"(quantization_config) nor {' or '.join(FILES)} declares their bits and groups: restore that file"
+        )
+    if not isinstance(found, Mapping) or found.get("quant_method") not in FILES.values():  # pyright: ignore
+        raise CheckpointError(
+            f"{name} has tensors named qweight, as {tool.upper()} writes them, but {owner} is {brief(found)}: "
+            "restore it"
+        )
+    how = parse_declaration(cast("Mapping[str, Any]", found), owner)
+    if how.source != tool:
+        raise CheckpointError(
+            f"{owner} declares {how.source.upper()}, but the tensors' shapes are those of {tool.upper()}: correct it"
+        )
+    if how.noted is not None:
+        log.info("%s", how.noted)
+    spec = config.to_spec()
+    biases = spec.attention.qkv_bias or spec.attention.out_bias or spec.mlp.bias
+    return PackedTensors(store, how, "pt", biases=biases)
+
+
+def dtype_on_cpu(store: Tensors, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms and of the computation with quantised weights on a CPU: bfloat16 instead of float16, for which
+    there are no kernels; with a log line."""
+    if not quantized.is_quantized(store):
+        return dtype
+    log.info(
+        "norms and embeddings of float16 are loaded in bfloat16, which CPUs compute in; dtype= changes it"
+    )
+    return torch.bfloat16
 
 
 def quantizer(model: ModelBase, how: QuantizationConfig | None) -> Quantizer | None:
