@@ -16,6 +16,7 @@ import pytest
 import sentencepiece
 import text_tokenizers
 import torch
+from documents import DOCS, blocks
 from tiny_families import randomised
 from tokenizers import pre_tokenizers
 
@@ -293,6 +294,17 @@ def test_folder_and_parts(tmp_path: Path) -> None:
     (tmp_path / "alone.gguf").write_bytes(second)
     with pytest.raises(CheckpointError, match="is one of 3 parts"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "alone.gguf")
+
+
+def test_documented_example(spm: Path, tmp_path: Path) -> None:
+    """The one for GGUF in docs/formats.md, with the path of a tiny file."""
+    example = blocks(DOCS / "formats.md", "python")[0]
+    path = tmp_path / "model.gguf"
+    files.write(path, "Q4_K", tokenizer=sentencepiece_metadata(spm))
+    assert example.count("mistral-7b-instruct-q4_k_m.gguf") == 2
+    scope: dict[str, Any] = {}
+    exec(example.replace("mistral-7b-instruct-q4_k_m.gguf", str(path)), scope)
+    assert scope["model"].decoding_path() == "native step" and scope["tokenizer"]("a").input_ids[0] == 1
 
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:

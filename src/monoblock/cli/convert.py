@@ -35,6 +35,15 @@ class From(StrEnum):
     OPENAI_GPT = "openai-gpt"
 
 
+class GgufType(StrEnum):
+    """Types of the matrices of a GGUF file."""
+
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+
+
 class To(StrEnum):
     """Target formats."""
 
@@ -49,6 +58,12 @@ class Changes:
     """Formats, and changes to the weights."""
 
     source_format: Annotated[From, typer.Option("--from", help="Format of the source.")] = From.AUTO
+    gguf_type: Annotated[
+        GgufType | None,
+        typer.Option(
+            "--type", help="Type of the matrices of a GGUF file, the target's name ending in .gguf."
+        ),
+    ] = None
     target_format: Annotated[To, typer.Option("--to", help="Format of the target.")] = To.HUB
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as stored.")] = Dtype.AUTO
     max_shard_size: Annotated[
@@ -65,7 +80,7 @@ class Changes:
 def convert(
     *,
     source: Annotated[str, typer.Argument(help="Folder, .tar or .pt file, or name on the hub.")],
-    target: Annotated[str, typer.Argument(help="The folder to create.")],
+    target: Annotated[str, typer.Argument(help="The folder to create, or a file NAME.gguf.")],
     changes: Changes,
     check: Annotated[
         bool, typer.Option("--check", help="Read the result back; compare its tensors and its logits.")
@@ -77,8 +92,12 @@ def convert(
 ) -> None:
     """Convert a checkpoint into a new folder: another format, type, shard size, or number of key and value heads.
 
-    The folder is created atomically, when it is complete.
+    A target NAME.gguf is written as one GGUF file with the tokenizer, for llama.cpp: --type chooses f16, bf16, q8_0 or
+    q4_0. The folder or the file is created atomically, when it is complete.
     """
+    if target.endswith(".gguf") or changes.gguf_type is not None:
+        _gguf(source, target, changes, check=check, force=force, hub=hub)
+        return
     from monoblock.checkpoint.options import HubOptions
     from monoblock.conversion.convert import Options
     from monoblock.conversion.convert import convert as run
@@ -95,6 +114,38 @@ def convert(
     )
     with _progress() as progress:
         result = run(source, target, options, progress)
+    _show(result, target)
+
+
+def _gguf(
+    source: str, target: str, changes: Changes, *, check: bool, force: bool, hub: DownloadOptions
+) -> None:
+    """Write a GGUF file; usage errors for options that are for folders."""
+    if not target.endswith(".gguf"):
+        raise typer.BadParameter("--type is for GGUF files: give a target NAME.gguf, or --dtype for a folder")
+    if changes.gguf_type is None:
+        kinds = ", ".join(GgufType)
+        raise typer.BadParameter(f"{target} is a GGUF file, whose type is needed: --type {kinds}")
+    given = {
+        "--to": changes.target_format is not To.HUB,
+        "--dtype": changes.dtype is not Dtype.AUTO,
+        "--max-shard-size": changes.max_shard_size is not None,
+        "--check": check,
+    }
+    if wrong := next((name for name, value in given.items() if value), None):
+        raise typer.BadParameter(f"{wrong} is for folders, and {target} is a GGUF file: drop it")
+    from monoblock.checkpoint.options import HubOptions
+    from monoblock.conversion.gguf import GgufOptions, convert_to_gguf
+
+    options = GgufOptions(
+        kind=changes.gguf_type.value,
+        source_format=changes.source_format.value,
+        kv_heads=changes.kv_heads,
+        force=force,
+        hub=HubOptions(**hub.kwargs()),
+    )
+    with _progress() as progress:
+        result = convert_to_gguf(source, target, options, progress)
     _show(result, target)
 
 

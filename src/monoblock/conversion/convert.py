@@ -65,11 +65,11 @@ def convert(
     check_target(target, replace=options.force)
     check_apart(source, target)
     with ExitStack() as stack:
-        given = _given(source)
-        opened = stack.enter_context(unpacked(given, target)) if isinstance(given, Path) else given
-        found = _format(opened, options)
+        opened, found = open_source(
+            source, options, lambda given: stack.enter_context(unpacked(given, target))
+        )
         original = found.read(opened, options.hub)
-        exact = original if options.kv_heads is None else _pooled(original, options.kv_heads)
+        exact = original if options.kv_heads is None else pooled(original, options.kv_heads)
         expected = exact if options.dtype is None else _cast(exact, options.dtype)
         _check_target_format(expected, to)
         folder = stack.enter_context(new_folder(target, replace=options.force))
@@ -90,6 +90,15 @@ def convert(
         left_out=original.left_out,
         comparison=comparison,
     )
+
+
+def open_source(
+    source: str | os.PathLike[str], options: Options, unpack: Callable[[Path], Path]
+) -> tuple[Path | str, Format]:
+    """The folder (archives are extracted by `unpack`) or the name on the hub of a source, and its format."""
+    given = _given(source)
+    opened = unpack(given) if isinstance(given, Path) else given
+    return opened, _format(opened, options)
 
 
 # ---------------------------------------------------------------------- formats and options
@@ -160,7 +169,8 @@ def _cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     return replace(checkpoint, weights=CastWeights(checkpoint.weights, casts.safetensors_dtype(dtype)))
 
 
-def _pooled(checkpoint: Checkpoint, heads: int) -> Checkpoint:
+def pooled(checkpoint: Checkpoint, heads: int) -> Checkpoint:
+    """The checkpoint with its key and value heads pooled to this number."""
     weights = PooledKVWeights(checkpoint.weights, checkpoint.config.to_spec(), heads)
     return replace(checkpoint, config=_with_kv_heads(checkpoint.config, heads), weights=weights)
 

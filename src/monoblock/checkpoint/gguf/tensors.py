@@ -63,7 +63,7 @@ _MPT = {
 }
 # Architecture -> the names of its modules in the file and in transformers.
 NAMES: Mapping[str, Mapping[str, str]] = {"llama": _LLAMA, "mistral3": _LLAMA, "mpt": _MPT}
-_INTERLEAVED = {"llama": ("attn_q", "attn_k"), "mistral3": ("attn_q", "attn_k")}
+INTERLEAVED = {"llama": ("attn_q", "attn_k"), "mistral3": ("attn_q", "attn_k")}
 _NAME = re.compile(r"(?:blk\.(?P<i>\d+)\.)?(?P<module>\w+)\.(?P<leaf>weight|bias)")
 
 
@@ -133,7 +133,7 @@ class GgufShard:
     def _order(self, architecture: str, name: str, tensor: GgufTensor) -> Array | None:
         """The order of rows for transformers; None: as stored."""
         match = _NAME.fullmatch(name)
-        if match is None or match["module"] not in _INTERLEAVED.get(architecture, ()):
+        if match is None or match["module"] not in INTERLEAVED.get(architecture, ()):
             return None
         get = self.files.first.get
         heads = get(f"{architecture}.attention.head_count", int)
