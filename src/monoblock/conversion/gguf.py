@@ -173,10 +173,9 @@ def _write(
         if key == "general.architecture":  # the writer adds it
             continue
         if isinstance(value, list):
-            kind: Any = type(cast("list[Any]", value)[0])
-            writer.add_key_value(
-                key, value, values.ARRAY, sub_type=values.INT32 if kind is int else kinds[kind]
-            )
+            first = cast("list[Any]", value)[0]
+            inner = values.INT32 if isinstance(first, int) else kinds[type(first)]
+            writer.add_key_value(key, value, values.ARRAY, sub_type=inner)
         else:
             writer.add_key_value(key, value, kinds[type(value)])
     for name, written in plan.items():
