@@ -1,4 +1,4 @@
-"""Checkpoints as GPTQ and AWQ write them, made by hand with NumPy from their published layouts."""
+"""Matrices as GPTQ, AWQ and compressed-tensors write them, made by hand with NumPy from their published layouts."""
 
 from __future__ import annotations
 
@@ -62,3 +62,44 @@ class Packed:
         self.tensors["scales"] = scale
         if tool == "gptq":
             self.tensors["g_idx"] = torch.from_numpy(index.astype(np.int32))
+
+
+def padded_words(fields: np.ndarray, bits: int) -> np.ndarray:
+    """Fields (n, m) as 32-bit words, the first in the lowest bits; the last word is padded."""
+    each = 32 // bits
+    padded = np.pad(fields, ((0, 0), (0, -fields.shape[1] % each))).astype(np.uint64)
+    shifts = np.arange(each, dtype=np.uint64) * np.uint64(bits)
+    return (padded.reshape(len(fields), -1, each) << shifts).sum(-1).astype(np.uint32).view(np.int32)
+
+
+def compressed(
+    outputs: int, inputs: int, layout: str, bits: int, strategy: str, size: int, symmetric: bool, seed: int
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """A matrix's tensors by their endings, and its weights in float32."""
+    random = np.random.default_rng(seed)
+    middle = 1 << bits - 1
+    codes = random.integers(-middle, middle, (outputs, inputs))
+    groups = {"group": inputs // size, "channel": 1, "tensor": 1}[strategy]
+    rows = 1 if strategy == "tensor" else outputs
+    scale = torch.from_numpy(random.uniform(0.5, 1, (rows, groups)) * 0.4 / (1 << bits)).bfloat16()
+    zeros = (
+        np.zeros((outputs, groups), np.int64)
+        if symmetric
+        else random.integers(-middle, middle, (outputs, groups))
+    )
+    index = np.arange(inputs) // (size if strategy == "group" else inputs)
+    wide = np.broadcast_to(scale.float().numpy(), (outputs, groups))
+    weight = ((codes - zeros[:, index]).astype(np.float32) * wide[:, index]).astype(np.float32)
+    tensors = {"weight_scale": scale.flatten() if strategy == "tensor" else scale}
+    if layout == "int-quantized":
+        tensors["weight"] = torch.from_numpy(codes.astype(np.int8))
+        if not symmetric:
+            tensors["weight_zero_point"] = torch.from_numpy(zeros.astype(np.int8))
+        return tensors, weight
+    tensors["weight_packed"] = torch.from_numpy(padded_words(codes + middle, bits))
+    tensors["weight_shape"] = torch.tensor([outputs, inputs])
+    if not symmetric:
+        tensors["weight_zero_point"] = torch.from_numpy(
+            np.ascontiguousarray(padded_words((zeros + middle).T, bits).T)
+        )
+    return tensors, weight

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
-from monoblock.checkpoint.packed_config import parse_declaration
+from monoblock.checkpoint.packed_config import METHODS, parse_declaration
 from monoblock.errors import UnsupportedConfig
 from monoblock.field_types import brief, checked
 
@@ -15,7 +15,8 @@ LOSSLESS = 12  # bits
 # unknown name and returns a model with random weights; without `quant_method`, transformers raises an error.
 METHOD = "monoblock"
 # Tools whose quantised weights are read.
-SOURCES = ("gguf", "gptq", "awq")
+SOURCES = ("gguf", *METHODS)
+_TITLES = {"gguf": "GGUF", "gptq": "GPTQ", "awq": "AWQ"}
 
 
 @dataclass(kw_only=True)
@@ -28,9 +29,9 @@ class WeightOnlyConfig:
     weights, without groups. `modules_to_not_convert`: names of modules to leave unquantised, as in `named_modules()` or
     in transformers, full or last component.
 
-    `source` ("gguf", "gptq", "awq") marks weights that another tool quantised and that are kept as they are: bits,
-    groups (of 16 to 128) and the choice of matrices are those of the tensors, `bits` and `group_size` the most frequent
-    ones. It is set by loading such a checkpoint; weights cannot be quantised with it.
+    `source` ("gguf", "gptq", "awq", "compressed-tensors") marks weights that another tool quantised and that are kept
+    as they are: bits, groups (of 16 to 128) and the choice of matrices are those of the tensors, `bits` and
+    `group_size` the most frequent ones. It is set by loading such a checkpoint; weights cannot be quantised with it.
     """
 
     bits: int = 8
@@ -70,7 +71,8 @@ class WeightOnlyConfig:
     def summary(self) -> str:
         """A short description, without `modules_to_not_convert`."""
         if self.source is not None:
-            return f"by {self.source.upper()}, kept as it is; most matrices int{self.bits}, groups of {self.group_size}"
+            tool = _TITLES.get(self.source, self.source)
+            return f"by {tool}, kept as it is; most matrices int{self.bits}, groups of {self.group_size}"
         if self.bits == LOSSLESS:
             return f"bfloat16 in {LOSSLESS} bits, without loss"
         return f"int{self.bits}, groups of {self.group_size}; embedding and head in int8"
@@ -185,13 +187,13 @@ def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
 def stored_quantization(config: Any) -> WeightOnlyConfig | None:
     """The quantisation of a checkpoint's weights, from `quantization_config` in its config; None: unquantised.
 
-    UnsupportedConfig for methods of other tools than GPTQ and AWQ, and for layouts of these that are not read.
+    UnsupportedConfig for methods of other tools than METHODS, and for layouts of these that are not read.
     """
     found: Any = getattr(config, "quantization_config", None)
     if found is None:
         return None
     held = cast("Mapping[str, Any]", found if isinstance(found, Mapping) else {})
-    if held.get("quant_method") in ("gptq", "awq"):
+    if held.get("quant_method") in METHODS:
         how = parse_declaration(held, f"{type(config).__name__}.quantization_config")
         group = how.group if how.group in (16, 32, 64, 128) else 128
         return WeightOnlyConfig(bits=how.bits, group_size=group, source=how.source)

@@ -189,6 +189,21 @@ def read_weights(folder: Path) -> None:
         assert store.tensor(name).shape == store.shape(name)
 
 
+def read_gguf(folder: Path) -> None:
+    """Config, generation config, every tensor and the tokenizer of each file."""
+    from monoblock.checkpoint.hub import HubOptions, find_weights
+    from monoblock.checkpoint.store import open_store
+
+    for path in sorted(folder.glob("*.gguf")):
+        monoblock.AutoConfig.from_pretrained(path).to_spec()
+        monoblock.MistralForCausalLM.file_generation_config(path, HubOptions())
+        store = open_store(find_weights(path), "np")
+        for name in store:
+            assert store.tensor(name).shape == store.shape(name)
+        tokenizer = monoblock.AutoTokenizer.from_pretrained(path)
+        tokenizer.decode(tokenizer("abc de").input_ids)
+
+
 def read_pickle(folder: Path) -> None:
     """Copies every tensor; the copies are no larger than the file."""
     import torch
@@ -276,6 +291,14 @@ def _model(model_type: str, quantization: str | None = None, name: str = "") -> 
     def make(folder: Path) -> None:
         seeds.model(folder, model_type, quantization)
         seeds.write_json(folder / "architecture.json", name or seeds.CONFIGS[model_type]["architectures"][0])
+
+    return make
+
+
+def _packed_by(tool: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        seeds.packed_by(tool, folder)
+        seeds.write_json(folder / "architecture.json", "MistralForCausalLM")
 
     return make
 
@@ -372,6 +395,9 @@ READERS: tuple[Reader, ...] = (
         ),
         read_weights,
     ),
+    Reader(
+        "gguf", (Case(seeds.gguf, {"*.gguf": _near(9000)}),), read_gguf, needs=("torch", "gguf"), heavy=True
+    ),
     Reader("hdf5", (Case(seeds.hdf5, {"*.h5": _bytes}),), read_weights, needs=("h5py",)),
     Reader(
         "pytorch_model.bin",
@@ -411,6 +437,16 @@ READERS: tuple[Reader, ...] = (
         ),
         read_model,
         needs=("torch",),
+        heavy=True,
+    ),
+    Reader(
+        "GPTQ, AWQ",
+        tuple(
+            Case(_packed_by(tool), {"config.json": _json, "*.safetensors": _safetensors})
+            for tool in ("gptq", "awq")
+        ),
+        read_model,
+        needs=("torch", "safetensors"),
         heavy=True,
     ),
     Reader(

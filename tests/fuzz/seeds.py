@@ -557,6 +557,65 @@ def model(folder: Path, model_type: str, quantization: str | None = None) -> Non
         write_json(folder / "config.json", {**fields, "torch_dtype": "float32"})
 
 
+def gguf(folder: Path) -> None:
+    """GGUF files with tensors of several types and a tokenizer of either kind."""
+    import gguf_files
+
+    letters = [chr(code) for code in range(97, 123)]
+    both = ["ab", "bc", "abc"]
+
+    def sentencepiece(writer: Any) -> None:
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *both]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([-float(i) for i in range(len(tokens))])
+        writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_chat_template("{{ messages }}")
+
+    def byte_level(writer: Any) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("mpt")
+        writer.add_token_list([*letters, *both, "<eos>"])
+        writer.add_token_types([1] * (len(letters) + 3) + [3])
+        writer.add_token_merges(["a b", "b c", "a bc"])
+        writer.add_eos_token_id(len(letters) + 3)
+
+    kinds = {"attn_v": "Q6_K", "ffn_up": "Q4_0", "ffn_gate": "Q5_1", "ffn_down": "Q3_K", "token_embd": "F16"}
+
+    def kind(name: str) -> str:
+        return kinds.get(name.split(".")[-2], "Q4_K")
+
+    gguf_files.write(folder / "mistral.gguf", kind, tokenizer=sentencepiece)
+    gguf_files.write(folder / "mpt.gguf", kind, architecture="mpt", tokenizer=byte_level)
+
+
+def packed_by(tool: str, folder: Path) -> None:
+    """A model that GPTQ or AWQ quantised."""
+    import torch
+    from packed_files import Packed
+    from safetensors.torch import load_file, save_file
+
+    model(folder, "mistral")
+    tensors: dict[str, Any] = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj.weight" in name]:
+        outputs, inputs = tensors[name].shape
+        if inputs % 8 or outputs % 8:
+            continue
+        del tensors[name]
+        made = Packed(tool, outputs, inputs, group=-1)
+        stem = name.removesuffix("weight")
+        tensors |= {stem + end: tensor for end, tensor in made.tensors.items()}
+    assert any(name.endswith("qweight") for name in tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    how: dict[str, Any] = {"quant_method": tool, "bits": 4, "group_size": -1}
+    how |= {"zero_point": True, "version": "gemm"} if tool == "awq" else {"checkpoint_format": "gptq"}
+    content = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", content | {"quantization_config": how})
+    assert torch.is_tensor(tensors["lm_head.weight"])
+
+
 def mistral_release(folder: Path) -> None:
     """Mistral's format: params.json and consolidated.safetensors."""
     params = {

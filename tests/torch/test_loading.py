@@ -281,7 +281,7 @@ def test_attn_implementation_argument(saved: Path) -> None:
     ("given", "error", "message"),
     [
         ({"tp_plan": "auto"}, ValueError, "does not take tp_plan: tensor parallelism"),
-        ({"gguf_file": "x.gguf"}, TypeError, "gguf_file= is not supported"),
+        ({"gguf_file": "x.gguf"}, HubError, "has no x.gguf"),
         ({"no_such_argument": 1}, TypeError, "does not know the argument 'no_such_argument'"),
     ],
 )

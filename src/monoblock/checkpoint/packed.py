@@ -79,4 +79,4 @@ def pack_groups(values: Array, size: int, inputs: int, form: PackedForm) -> Arra
     values = values[:, : padded // group]
     if values.shape[1] < padded // group:
         values = np.pad(values, ((0, 0), (0, padded // group - values.shape[1])))
-    return np.ascontiguousarray(values, np.float32 if form.wide else np.float16)
+    return np.require(values, np.float32 if form.wide else np.float16, ["C", "W"])

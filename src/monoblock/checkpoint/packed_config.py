@@ -1,10 +1,11 @@
-"""The declaration of weights that GPTQ or AWQ quantised: `quantization_config` in config.json, or a file beside it."""
+"""The declaration of weights that GPTQ, AWQ or compressed-tensors quantised: `quantization_config` in config.json, or a
+file beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from monoblock.errors import UnsupportedConfig
 from monoblock.field_types import brief
@@ -12,6 +13,8 @@ from monoblock.field_types import brief
 # Files with a declaration, which older tools wrote instead of config.json's field: file -> method.
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _FORMATS = ("gptq", "gptq_v2")
+COMPRESSED = "compressed-tensors"
+METHODS = ("gptq", "awq", COMPRESSED)
 # Fields that change the layout: the values without effect, and what others mean.
 _REFUSED: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "gptq": {
@@ -31,7 +34,8 @@ _REFUSED: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
 class PackedDeclaration:
     """How weights were quantised.
 
-    `source`: "gptq" or "awq". `group`: inputs that share a scale (None: all of a row). `symmetric`: whether all zero
+    `source`: "gptq", "awq" or "compressed-tensors". `layout`: "qweight" for the first two, "words" or "int8" for the
+    last (packed_tensors.py). `group`: inputs that share a scale (None: all of a row). `symmetric`: whether all zero
     points are the middle code, which is checked. `offset`: what is added to stored zero points: 1 in GPTQ's first
     format. `noted`: a default that was taken, for a log line.
     """
@@ -41,6 +45,7 @@ class PackedDeclaration:
     group: int | None
     symmetric: bool
     offset: int
+    layout: str = "qweight"
     noted: str | None = None
 
 
@@ -49,7 +54,9 @@ def parse_declaration(given: Mapping[str, Any], owner: str, method: str | None =
     field that is missing, or whose value is not supported."""
     method = given.get("quant_method") or method
     method = method.lower() if isinstance(method, str) else method
-    assert method in ("gptq", "awq")
+    assert method in METHODS
+    if method == COMPRESSED:
+        return _compressed(given, owner)
 
     def refuse(field: str, why: str) -> UnsupportedConfig:
         return UnsupportedConfig(
@@ -85,6 +92,67 @@ def parse_declaration(given: Mapping[str, Any], owner: str, method: str | None =
         offset=0 if layout == "gptq_v2" else 1,
         noted=None if layout else f"{owner} lacks checkpoint_format: it is 'gptq', GPTQ's first format",
     )
+
+
+def _compressed(given: Mapping[str, Any], owner: str) -> PackedDeclaration:
+    """The declaration of compressed-tensors, whose schemes must be one for all matrices."""
+
+    def refuse(field: str, value: Any, why: str) -> UnsupportedConfig:
+        return UnsupportedConfig(f"{owner}.{field}={brief(value)} is not supported: {why}")
+
+    layouts = {"pack-quantized": "words", "int-quantized": "int8"}
+    layout = given.get("format")
+    if layout not in layouts:
+        raise refuse("format", layout, f"it must be {' or '.join(map(repr, layouts))}")
+    for field in ("kv_cache_scheme", "transform_config"):
+        if given.get(field):
+            raise refuse(field, given[field], "it must be None")
+    sparsity: Any = given.get("sparsity_config")
+    if sparsity and not (isinstance(sparsity, Mapping) and cast("Any", sparsity).get("format") == "dense"):
+        raise refuse("sparsity_config", sparsity, "weights must be dense")
+    groups: Any = given.get("config_groups")
+    schemes: list[Any] = (
+        list(cast("Mapping[str, Any]", groups).values()) if isinstance(groups, Mapping) else []
+    )
+    if not schemes or not all(_has_weights(scheme) for scheme in schemes):
+        raise refuse("config_groups", groups, "each group needs weights")
+    names = ("num_bits", "type", "strategy", "group_size", "symmetric", "dynamic")
+    found = [{name: scheme["weights"].get(name) for name in names} for scheme in schemes]
+    if any(other != found[0] for other in found) or any(
+        s.get("format") not in (None, layout) for s in schemes
+    ):
+        raise refuse("config_groups", groups, "its groups must quantise weights alike")
+    how = found[0]
+    known = (8,) if layout == "int-quantized" else (4, 8)
+    checks = {
+        "num_bits": (how["num_bits"] in known, " or ".join(map(str, known))),
+        "type": (how["type"] == "int", "'int'"),
+        "strategy": (how["strategy"] in ("group", "channel", "tensor"), "'group', 'channel' or 'tensor'"),
+        "symmetric": (type(how["symmetric"]) is bool, "true or false"),
+        "dynamic": (not how["dynamic"], "false"),
+    }
+    grouped, size = how["strategy"] == "group", how["group_size"]
+    checks["group_size"] = (not grouped or (type(size) is int and 0 < size < 1 << 20), "a positive integer")
+    for name, (fits, wanted) in checks.items():
+        if not fits:
+            raise refuse(f"config_groups.weights.{name}", how[name], f"it must be {wanted}")
+    quantised = any(scheme.get("input_activations") or scheme.get("output_activations") for scheme in schemes)
+    return PackedDeclaration(
+        source=COMPRESSED,
+        bits=how["num_bits"],
+        group=size if grouped else None,
+        symmetric=how["symmetric"],
+        offset=0,
+        layout=layouts[layout],
+        noted=f"{owner} quantises activations: here they are quantised by the kernels' own rule"
+        if quantised
+        else None,
+    )
+
+
+def _has_weights(scheme: Any) -> bool:
+    weights: Any = cast("Any", scheme).get("weights") if isinstance(scheme, Mapping) else None
+    return isinstance(weights, Mapping)
 
 
 def _group(size: int) -> int | None:

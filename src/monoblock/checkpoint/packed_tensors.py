@@ -1,4 +1,4 @@
-"""Weights that GPTQ or AWQ quantised, as components of this library's formats.
+"""Weights that GPTQ, AWQ or compressed-tensors quantised, as components of this library's formats.
 
 A matrix `X` is stored as `X.qweight`, codes in 32-bit words; `X.qzeros`, zero points in words; `X.scales` (groups,
 outputs); and in GPTQ `X.g_idx`, the group of each input. A weight is scale * (code - zero).
@@ -8,7 +8,13 @@ outputs); and in GPTQ `X.g_idx`, the group of each input. A weight is scale * (c
     AWQ (gemm)  qweight (inputs, outputs / 8): the outputs 0, 2, 4, 6, 1, 3, 5, 7 of each eight from the lowest bits on;
                 qzeros (groups, outputs / 8): likewise
 
-Sources: https://github.com/AutoGPTQ/AutoGPTQ (qlinear) and https://github.com/casper-hansen/AutoAWQ (WQLinear_GEMM).
+compressed-tensors has other names: `X.weight_packed` (outputs, inputs * bits / 32), words of consecutive inputs, or
+`X.weight`, int8 (outputs, inputs); `X.weight_scale` (outputs, groups), or one number; `X.weight_zero_point`, words of
+consecutive outputs (outputs * bits / 32, groups), or int8 (outputs, groups); `X.weight_g_idx`. Codes in words are
+2 ** (bits - 1) more than the signed integers.
+
+Sources: https://github.com/AutoGPTQ/AutoGPTQ (qlinear), https://github.com/casper-hansen/AutoAWQ (WQLinear_GEMM) and
+https://github.com/vllm-project/compressed-tensors (compressors).
 """
 
 from __future__ import annotations
@@ -23,13 +29,20 @@ import numpy as np
 from monoblock.checkpoint import casts
 from monoblock.checkpoint.array_adapters import adapter
 from monoblock.checkpoint.packed import RUN, Array, PackedForm, pack_codes, pack_groups
-from monoblock.checkpoint.packed_config import PackedDeclaration
+from monoblock.checkpoint.packed_config import COMPRESSED, PackedDeclaration
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
 
 log = logging.getLogger("monoblock")
 
-CODES, ZEROS, SCALES, INDEX = ".qweight", ".qzeros", ".scales", ".g_idx"
+# The endings of the names of codes, zero points, scales and groups of inputs.
+_ENDINGS = {
+    "qweight": (".qweight", ".qzeros", ".scales", ".g_idx"),
+    "words": (".weight_packed", ".weight_zero_point", ".weight_scale", ".weight_g_idx"),
+    "int8": (".weight", ".weight_zero_point", ".weight_scale", ".weight_g_idx"),
+}
+# Further tensors of compressed-tensors' modules: the shape, which is implied, and scales of activations.
+_MORE = (".weight_shape", ".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point")
 _GROUPS = (16, 32, 64, 128)
 # Matrices that one product multiplies by, which therefore have one format.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("Wq", "Wk", "Wv"))
@@ -45,9 +58,12 @@ class PackedTensors:
 
     def __init__(self, tensors: Tensors, how: PackedDeclaration, framework: str, *, biases: bool):
         self._tensors, self._how, self._arrays = tensors, how, adapter(framework)
-        names = dict.fromkeys(tensors)
-        stems = [name.removesuffix(CODES) for name in names if name.endswith(CODES)]
-        self._shapes = {stem: _checked_shape(tensors, stem, how) for stem in stems}
+        self._all = names = dict.fromkeys(tensors)
+        self._codes_end, self._zeros_end, self._scales_end, self._index_end = ends = _ENDINGS[how.layout]
+        stems = [name.removesuffix(ends[0]) for name in names if name.endswith(ends[0])]
+        if how.layout == "int8":
+            stems = [stem for stem in stems if stem + ends[2] in names]
+        self._shapes = {stem: self._checked_shape(stem) for stem in stems}
         forms = {stem: self._form(stem) for stem in stems}
         for stem in stems:
             here = [member for member in _members(stem) if member in forms or f"{member}.weight" in names]
@@ -55,7 +71,8 @@ class PackedTensors:
                 forms |= dict.fromkeys((member for member in here if member in forms), None)
         # Name -> the matrix and the component, or the stored name.
         self._names: dict[str, tuple[str, str] | None] = {}
-        own = {f"{stem}{end}" for stem in stems for end in (CODES, ZEROS, SCALES, INDEX)}
+        more = _MORE if how.source == COMPRESSED else ()
+        own = {f"{stem}{end}" for stem in stems for end in (*ends, *more)}
         for name in names:
             stem, _, leaf = name.rpartition(".")
             empty = leaf == "bias" and stem in forms and not biases and not _array(tensors.tensor(name)).any()
@@ -73,7 +90,7 @@ class PackedTensors:
             log.warning(
                 "%s: %d matrices (%s, ...) are in no format that is kept packed (a group for each input, by act-order, "
                 "or a fused matrix beside an unquantised one): they are dequantised to bfloat16",
-                tensors.path(kept[0] + CODES),
+                tensors.path(kept[0] + ends[0]),
                 len(kept),
                 kept[0],
             )
@@ -95,7 +112,7 @@ class PackedTensors:
 
     def path(self, name: str) -> Path:
         found = self._names[name]
-        return self._tensors.path(name if found is None else found[0] + CODES)
+        return self._tensors.path(name if found is None else found[0] + self._codes_end)
 
     def tensor(self, name: str) -> Any:
         if (found := self._names[name]) is None:
@@ -104,6 +121,59 @@ class PackedTensors:
         made = self._dequantised(stem) if part == "weight" else self._component(stem, self._forms[stem], part)
         return self._arrays.from_buffer(made, self.dtype(name), made.shape)
 
+    def _checked_shape(self, stem: str) -> tuple[int, int]:
+        """(outputs, inputs) of a matrix; ShapeMismatch: its tensors do not have the declared layout."""
+        how, tensors, ends = self._how, self._tensors, _ENDINGS[self._how.layout]
+        zeros_too = not (how.source == COMPRESSED and how.symmetric)
+        names = [stem + ends[0], stem + ends[2], *([stem + ends[1]] if zeros_too else [])]
+        if missing := next((name for name in names if name not in self._all), None):
+            raise CheckpointError(f"the checkpoint has {names[0]}, but lacks {missing}: fetch it again")
+        found = {name: (tensors.dtype(name), tensors.shape(name)) for name in names}
+        codes, scales = found[names[0]][1], found[names[1]][1]
+        where = tensors.path(names[0]).name
+        if len(codes) != 2 or 0 in codes or 0 in scales or (len(scales) != 2 and how.source != COMPRESSED):
+            raise ShapeMismatch(
+                f"{names[0]} and its scales in {where} are no matrices: {list(codes)}, {list(scales)}"
+            )
+        outputs, inputs = self._sizes(stem, codes, scales)
+        groups, each = -(-inputs // (how.group or inputs)), 32 // how.bits
+        words = -(-outputs // each)
+        if how.source == COMPRESSED:
+            fits = scales in ((outputs, groups), *([(1,), ()] if how.group is None else []))
+            width = inputs if how.layout == "int8" else -(-inputs // each)
+            fits = fits and codes == (outputs, width)
+            whole = (outputs, groups) if how.layout == "int8" else (words, groups)
+        else:
+            packed = (inputs // each, outputs) if how.source == "gptq" else (inputs, outputs // each)
+            fits = codes == packed and scales == (groups, outputs) and outputs % each == 0
+            whole = (groups, words)
+        kind = "I8" if how.layout == "int8" else "I32"
+        fits = fits and found[names[0]][0] == kind and found[names[1]][0] in ("F16", "BF16", "F32")
+        if not fits or (zeros_too and found[names[2]] != (kind, whole)):
+            listed = ", ".join(
+                f"{name.removeprefix(stem)} {kind} {list(shape)}" for name, (kind, shape) in found.items()
+            )
+            raise ShapeMismatch(
+                f"{stem} in {where} has {listed}, which is not the layout of {how.source} with {how.bits} bits and "
+                f"groups of {how.group or 'all'} inputs"
+            )
+        return outputs, inputs
+
+    def _sizes(self, stem: str, codes: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, int]:
+        """Outputs and inputs that the shapes of codes and scales imply."""
+        how, each = self._how, 32 // self._how.bits
+        if how.layout == "int8":
+            return codes[0], codes[1]
+        if how.layout == "words":
+            name = stem + ".weight_shape"
+            if name not in self._all or self._tensors.shape(name) != (2,):
+                raise CheckpointError(
+                    f"the checkpoint has {stem}.weight_packed, but lacks a proper {name}: fetch it again"
+                )
+            outputs, inputs = (int(size) for size in _array(self._tensors.tensor(name)))
+            return (outputs, inputs) if 0 < inputs <= codes[1] * each else (codes[0], codes[1])
+        return scales[1], codes[0] * each if how.source == "gptq" else codes[0]
+
     def _form(self, stem: str) -> PackedForm | None:
         """The format of a matrix; None if none holds it."""
         how = self._how
@@ -111,7 +181,7 @@ class PackedTensors:
         group = RUN if size % RUN == 0 else size
         if group not in _GROUPS or not self._consecutive(stem):
             return None
-        short = self._tensors.dtype(stem + SCALES) == "F16"
+        short = self._tensors.dtype(stem + self._scales_end) == "F16"
         middle = how.symmetric  # then low is a power of two times the scale
         low = not (middle and how.bits == 8)
         return PackedForm(bits=how.bits, group=group, low=low, wide=not (short and middle))
@@ -125,11 +195,13 @@ class PackedTensors:
 
     def _index(self, stem: str) -> Array | None:
         """The group of each input, checked; None: consecutive."""
-        name, (_, inputs) = stem + INDEX, self._shapes[stem]
-        if name not in set(self._tensors):
+        name, (_, inputs) = stem + self._index_end, self._shapes[stem]
+        if name not in self._all:
             return None
         index = _array(self._tensors.tensor(name))
-        groups = self._tensors.shape(stem + SCALES)[0]
+        if self._how.source == COMPRESSED and (index == -1).all():
+            return None  # not used
+        groups = -(-inputs // (self._how.group or inputs))
         if index.shape != (inputs,) or index.dtype.kind != "i" or index.min() < 0 or index.max() >= groups:
             raise CheckpointError(
                 f"{name} in {self._tensors.path(name).name} must name one of {groups} groups for each of {inputs} "
@@ -139,11 +211,15 @@ class PackedTensors:
 
     def _codes(self, stem: str) -> Iterator[tuple[slice, Array]]:
         """Codes (outputs, inputs) of some outputs at a time."""
-        words, (outputs, inputs) = _array(self._tensors.tensor(stem + CODES)), self._shapes[stem]
+        words, (outputs, inputs) = _array(self._tensors.tensor(stem + self._codes_end)), self._shapes[stem]
         step = max(8, _CHUNK // inputs // 8 * 8)
         for first in range(0, outputs, step):
             rows = slice(first, min(first + step, outputs))
-            if self._how.source == "gptq":
+            if self._how.layout == "int8":
+                yield rows, words[rows].view(np.uint8) ^ np.uint8(128)
+            elif self._how.layout == "words":
+                yield rows, _fields(np.ascontiguousarray(words[rows]), self._how.bits)[:, :inputs]
+            elif self._how.source == "gptq":
                 yield rows, _fields(np.ascontiguousarray(words[:, rows].T), self._how.bits)
             else:
                 columns = np.ascontiguousarray(words[:, first // 8 : -(-rows.stop // 8)])
@@ -151,21 +227,38 @@ class PackedTensors:
 
     def _scales(self, stem: str) -> tuple[Array, Array]:
         """Scales and zero points (outputs, groups), float32 and integers."""
-        words = np.ascontiguousarray(_array(self._tensors.tensor(stem + ZEROS)))
-        zeros = _fields(words, self._how.bits)
-        zeros = zeros.astype(np.int32) + self._how.offset if self._how.source == "gptq" else _awq_order(zeros)
-        middle = 1 << self._how.bits - 1
-        if self._how.symmetric and (zeros != middle).any():
-            raise CheckpointError(
-                f"{stem}{ZEROS} in {self._tensors.path(stem + ZEROS).name} has zero points other than {middle}, but "
-                "the declaration says sym=true: correct it"
+        name = stem + self._scales_end
+        scales = np.asarray(_array(self._tensors.tensor(name)), np.float32)
+        zeros = self._zeros(stem)
+        if self._how.source == COMPRESSED:
+            scales = np.broadcast_to(
+                scales.reshape(-1, scales.shape[-1] if scales.ndim == 2 else 1), zeros.shape
             )
-        scales = np.asarray(_array(self._tensors.tensor(stem + SCALES)), np.float32)
+        else:
+            scales = scales.T
         if not np.isfinite(scales).all():
+            raise CheckpointError(f"{name} in {self._tensors.path(name).name} has scales that are not finite")
+        return scales, zeros
+
+    def _zeros(self, stem: str) -> Array:
+        """Zero points (outputs, groups), as codes."""
+        how, (outputs, inputs), name = self._how, self._shapes[stem], stem + self._zeros_end
+        middle, groups = 1 << how.bits - 1, -(-inputs // (how.group or inputs))
+        if how.source == COMPRESSED and how.symmetric:
+            return np.full((outputs, groups), middle, np.int32)
+        stored = np.ascontiguousarray(_array(self._tensors.tensor(name)))
+        if how.layout == "int8":
+            return stored.reshape(-1, groups).astype(np.int32) + middle
+        if how.layout == "words":
+            return _fields(np.ascontiguousarray(stored.T), how.bits)[:, :outputs].T.astype(np.int32)
+        fields = _fields(stored, how.bits)
+        zeros = fields.astype(np.int32) + how.offset if how.source == "gptq" else _awq_order(fields)
+        if how.symmetric and (zeros != middle).any():
             raise CheckpointError(
-                f"{stem}{SCALES} in {self._tensors.path(stem + SCALES).name} has scales that are not finite"
+                f"{name} in {self._tensors.path(name).name} has zero points other than {middle}, but the declaration "
+                "says sym=true: correct it"
             )
-        return scales.T, zeros.T
+        return zeros.T
 
     def _component(self, stem: str, form: PackedForm, part: str) -> Array:
         shape = self._shapes[stem]
@@ -179,7 +272,9 @@ class PackedTensors:
         size = self._how.group or -(-shape[1] // RUN) * RUN
         made = pack_groups(values, size, shape[1], form)
         if not np.isfinite(made).all():
-            raise CheckpointError(f"{stem}{SCALES} has scales beyond fp16's range: the file is damaged")
+            raise CheckpointError(
+                f"{stem}{self._scales_end} has scales beyond fp16's range: the file is damaged"
+            )
         return made
 
     def _dequantised(self, stem: str) -> Array:
@@ -203,42 +298,19 @@ def _members(stem: str) -> list[str]:
     return [f"{owner}.{member}" if owner else member for member in group]
 
 
-def _checked_shape(tensors: Tensors, stem: str, how: PackedDeclaration) -> tuple[int, int]:
-    """(outputs, inputs) of a matrix; ShapeMismatch: its tensors do not have the declared layout."""
-    names = [stem + end for end in (CODES, ZEROS, SCALES)]
-    known = set(tensors)
-    if missing := next((name for name in names if name not in known), None):
-        raise CheckpointError(f"the checkpoint has {names[0]}, but lacks {missing}: fetch it again")
-    codes, zeros, scales = (tensors.shape(name) for name in names)
-    where, each = tensors.path(names[0]).name, 32 // how.bits
-    if any(len(shape) != 2 for shape in (codes, zeros, scales)) or 0 in (*codes, *scales):
-        raise ShapeMismatch(
-            f"{names[0]} and its scales in {where} are no matrices: {list(codes)}, {list(scales)}"
-        )
-    groups, outputs = scales
-    inputs = codes[0] * each if how.source == "gptq" else codes[0]
-    width = outputs if how.source == "gptq" else outputs // each
-    wanted = -(-inputs // (how.group or inputs))
-    fits = (
-        outputs % each == 0 and codes[1] == width and zeros == (groups, outputs // each) and groups == wanted
-    )
-    kinds = [tensors.dtype(name) for name in names]
-    if not fits or kinds[:2] != ["I32", "I32"] or kinds[2] not in ("F16", "BF16", "F32"):
-        raise ShapeMismatch(
-            f"{stem} in {where} has qweight {kinds[0]} {list(codes)}, qzeros {kinds[1]} {list(zeros)} and scales "
-            f"{kinds[2]} {list(scales)}, which is not the layout of {how.source} with {how.bits} bits and groups of "
-            f"{how.group or 'all'} inputs"
-        )
-    return outputs, inputs
-
-
 def recognised(tensors: Tensors) -> str | None:
-    """The tool that made these tensors, by their shapes; None if there is no `qweight`."""
-    name = next((name for name in tensors if name.endswith(CODES)), None)
+    """The tool that made these tensors, by their names and shapes; None if there are no codes."""
+    names = dict.fromkeys(tensors)
+    for name in names:
+        weight = name.removesuffix("_scale")
+        integers = name.endswith(".weight_scale") and weight in names and tensors.dtype(weight) == "I8"
+        if integers or name.endswith(".weight_packed"):
+            return COMPRESSED
+    name = next((name for name in names if name.endswith(".qweight")), None)
     if name is None:
         return None
-    scales = name.removesuffix(CODES) + SCALES
-    whole = scales in set(tensors) and tensors.shape(name)[-1:] == tensors.shape(scales)[-1:]
+    scales = name.removesuffix(".qweight") + ".scales"
+    whole = scales in names and tensors.shape(name)[-1:] == tensors.shape(scales)[-1:]
     return "gptq" if whole else "awq"
 
 

@@ -42,7 +42,14 @@ def is_quantized(names: Iterable[str]) -> bool:
 def refuse(tensors: Tensors) -> None:
     """CheckpointError if there are quantised matrices, for readers that do not support them."""
     if (
-        found := next((name for name in tensors if name.endswith((*_ENDINGS, ".qweight"))), None)
+        found := next(
+            (
+                name
+                for name in tensors
+                if name.endswith((*_ENDINGS, ".qweight", ".weight_packed", ".weight_scale"))
+            ),
+            None,
+        )
     ) is not None:
         raise CheckpointError(
             f"{tensors.path(found).name} holds quantised weights ({found}), which only the PyTorch classes read: load "

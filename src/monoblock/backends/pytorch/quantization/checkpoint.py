@@ -21,7 +21,7 @@ from monoblock.checkpoint import quantized
 from monoblock.checkpoint.hub import HubOptions, find_file, read_json
 from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
 from monoblock.checkpoint.matching import LoadReport, match_tensors
-from monoblock.checkpoint.packed_config import FILES, parse_declaration
+from monoblock.checkpoint.packed_config import FILES, METHODS, parse_declaration
 from monoblock.checkpoint.packed_tensors import PackedTensors, recognised
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
@@ -153,20 +153,20 @@ def opened(store: Tensors, config: Any, name: Any, hub: HubOptions) -> Tensors:
                 found, owner = {"quant_method": method, **read_json(path)}, path.name
                 config.quantization_config = found
                 break
+    title = {"gptq": "GPTQ", "awq": "AWQ"}.get(tool, tool)
     if found is None:
         raise CheckpointError(
-            f"{name} has tensors named qweight, as {tool.upper()} writes them, but neither config.json "
-            f"(quantization_config) nor {' or '.join(FILES)} declares their bits and groups: restore that file"
+            f"{name} has quantised tensors as {title} writes them, but neither config.json (quantization_config) nor "
+            f"{' or '.join(FILES)} declares their bits and groups: restore that file"
         )
-    if not isinstance(found, Mapping) or found.get("quant_method") not in FILES.values():  # pyright: ignore
+    if not isinstance(found, Mapping) or found.get("quant_method") not in METHODS:  # pyright: ignore
         raise CheckpointError(
-            f"{name} has tensors named qweight, as {tool.upper()} writes them, but {owner} is {brief(found)}: "
-            "restore it"
+            f"{name} has quantised tensors as {title} writes them, but {owner} is {brief(found)}: restore it"
         )
     how = parse_declaration(cast("Mapping[str, Any]", found), owner)
     if how.source != tool:
         raise CheckpointError(
-            f"{owner} declares {how.source.upper()}, but the tensors' shapes are those of {tool.upper()}: correct it"
+            f"{owner} declares {how.source}, but the tensors are those of {title}: correct it"
         )
     if how.noted is not None:
         log.info("%s", how.noted)
