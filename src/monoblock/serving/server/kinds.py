@@ -63,8 +63,8 @@ def detect(source: str, hub: dict[str, Any]) -> ModelKind:
 
 
 def default_name(source: str | None) -> str:
-    """The name under which a model is served: of a folder its last component, else the name on the hub."""
+    """The name under which a model is served: of a folder or a file its last component, else the name on the hub."""
     if source is None:
         return "demo"
     folder = Path(source).expanduser()
-    return folder.resolve().name or source if folder.is_dir() else source
+    return folder.resolve().name or source if folder.exists() else source
