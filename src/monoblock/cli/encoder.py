@@ -114,6 +114,8 @@ def identity(model: str, hub: DownloadOptions) -> str:
     from monoblock.embeddings.sequence import hub_options
     from monoblock.vectors.identity import model_fingerprint
 
+    if hub.gguf_file is not None:
+        raise typer.BadParameter("--gguf-file is for language models: embedding models are folders or repositories")
     name, where = hub_options(model, None, hub.revision, hub.token, hub.offline, OWNER)
     return model_fingerprint(name, where)
 
