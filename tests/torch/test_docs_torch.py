@@ -9,7 +9,7 @@ from documents import DOCS, ROOT, blocks, run, run_python
 
 # docs/demo.md quotes what the model writes, which is not always Python. The examples of the others name checkpoints
 # that are not here: tests of their own run them on tiny ones (test_convert_docs.py, test_visualizer.py). The page of
-# TensorFlow has its test in tests/tf, that of serving in tests/serving.
+# TensorFlow has its test in tests/tf, that of serving in tests/serving, that of fine-tuning in test_training.py.
 ELSEWHERE = {
     "demo.md",
     "convert.md",
@@ -18,6 +18,7 @@ ELSEWHERE = {
     "tensorflow.md",
     "tflite.md",
     "serving.md",
+    "training.md",
 }
 DOCUMENTS = [ROOT / "README.md", *sorted(path for path in DOCS.glob("*.md") if path.name not in ELSEWHERE)]
 

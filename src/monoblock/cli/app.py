@@ -19,6 +19,7 @@ COMMANDS = (
     "info",
     "convert",
     "quantize",
+    "finetune",
     "serve",
     "batch",
     "bench",

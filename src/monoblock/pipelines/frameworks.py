@@ -40,6 +40,11 @@ class Framework:
         """The backend's module that loads a model for an engine (`load`) and runs its steps (`runner`)."""
         return importlib.import_module(f"monoblock.backends.{self.backend}.engine_adapter")
 
+    @property
+    def learner(self) -> Any:
+        """The backend's module with the class `Learner`, which trains and evaluates a model."""
+        return importlib.import_module(f"monoblock.backends.{self.backend}.training.learner")
+
     def missing(self) -> str | None:
         """The first of its packages that is not installed; None if all are installed."""
         return next((package for package in self.needs if not installed(package)), None)

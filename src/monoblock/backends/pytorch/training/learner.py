@@ -1,0 +1,201 @@
+"""What the trainer needs of PyTorch: a model on its device, steps, evaluation, and the files of a checkpoint."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import monoblock
+from monoblock.backends.pytorch.pipeline_adapter import found_device
+from monoblock.backends.pytorch.training import batches, lora, losses
+from monoblock.backends.pytorch.training.optimizer import Optimizer, random_state, restore_random_state
+from monoblock.checkpoint.hub import find_weights
+from monoblock.checkpoint.save import save_tensors
+from monoblock.checkpoint.store import open_store
+from monoblock.seeds import set_seed
+from monoblock.training.options import TrainingOptions
+from monoblock.training.tasks.base import Example, NotFinite, Task
+
+_STATE = "training"  # the subfolder of a checkpoint with optimizer and random states
+_RANDOM = "random:"
+
+Units = Sequence[Sequence[Example]]
+
+
+class Learner:
+    """A model that is trained, or only evaluated (`train=False`).
+
+    `source`: the folder or name of the weights; `base`: those under an adapter, whose files are in `source` if it
+    differs. `fields`: of the config.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        options: TrainingOptions,
+        fields: Mapping[str, Any],
+        *,
+        source: str,
+        base: str,
+        train: bool = True,
+    ) -> None:
+        self.task, self.options, self.base = task, options, base
+        set_seed(options.seed)
+        self.device = found_device(None if options.device == "auto" else options.device)
+        adapted = train and options.lora_rank is not None
+        self.model: Any = self._load(base if adapted else source, fields)
+        self.tokenizer = task.tokenizer
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        self.pad = 0 if pad is None else int(pad)
+        self.optimizer: Optimizer | None = None
+        if train:
+            self._prepare(source if adapted and source != base else None)
+
+    def _load(self, source: str, fields: Mapping[str, Any]) -> Any:
+        auto = getattr(monoblock, self.task.auto)
+        options: dict[str, Any] = {"dtype": self.options.dtype, "local_files_only": self.options.offline}
+        if fields:  # a head for other labels is initialised
+            options["ignore_mismatched_sizes"] = True
+        if self.options.revision is not None and not Path(source).is_dir():
+            options["revision"] = self.options.revision
+        if self.options.quantize is not None:
+            options["quantization_config"] = self.options.quantize
+        return auto.from_pretrained(source, **options, **fields).to(self.device)
+
+    def _prepare(self, adapter: str | None) -> None:
+        """Choose what is trained."""
+        model, options = self.model, self.options
+        if options.lora_rank is not None:
+            model.requires_grad_(False)
+            if adapter is None:
+                lora.add(model, options)
+            else:
+                model.load_adapter(adapter, is_trainable=True)
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in options.freeze:
+            if not (frozen := fnmatch.filter(names, pattern)):
+                raise ValueError(
+                    f"freeze: no parameter is named {pattern!r}; they are named like {names[0]!r}"
+                )
+            for name in frozen:
+                model.get_parameter(name).requires_grad_(False)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("freeze leaves no parameter to train")
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        self.optimizer = Optimizer(model, options)
+        # Again, so that dropout does not depend on how many weights were initialised.
+        set_seed(options.seed)
+
+    def count(self) -> tuple[int, int]:
+        """The numbers of parameters: trained, and all."""
+        return (
+            sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            self.model.num_parameters(),
+        )
+
+    # ------------------------------------------------------------------ steps
+
+    def step(self, units: Sequence[Units], learning_rate: float) -> tuple[float, float]:
+        """One step over batches of units (rows of one or several examples): the mean loss, and the gradients' norm
+        before clipping. NotFinite, before the weights change: one of them is no finite number."""
+        assert self.optimizer is not None
+        count = max(1, sum(self.task.weight(e) for batch in units for unit in batch for e in unit))
+        total = 0.0
+        for number, batch in enumerate(units):
+            loss = self._loss(batch) / count
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                self.model.zero_grad(set_to_none=True)
+                raise NotFinite(f"the loss is {value}", number)
+            loss.backward()
+            total += value
+        norm = self.optimizer.gradient_norm()
+        if not math.isfinite(norm):
+            self.model.zero_grad(set_to_none=True)
+            raise NotFinite(f"the norm of the gradients is {norm}")
+        self.optimizer.step(learning_rate)
+        return total, norm
+
+    def _loss(self, batch: Units) -> Tensor:
+        """The sum of a batch's losses."""
+        given, labels = self._inputs(batch)
+        if labels is not None:
+            return losses.token_loss(self.model, given, labels, self.model.row.head == "causal")
+        count = sum(self.task.weight(example) for unit in batch for example in unit)
+        return self.model(**given, labels=batches.targets(batch, self.device)).loss * count
+
+    def _inputs(self, batch: Units) -> tuple[dict[str, Any], Tensor | None]:
+        rows = [[row for example in unit for row in example.rows] for unit in batch]
+        given, labels = batches.inputs(rows, self.model, self.pad)
+        if "use_cache" in self.model.row.forward.split():
+            given["use_cache"] = False
+        return given, labels
+
+    def evaluate(self, examples: Sequence[Example]) -> tuple[float, list[Any]]:
+        """The sum of the losses of a batch, and the outputs of each example that the task needs."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return self._evaluated([[example] for example in examples])
+        finally:
+            self.model.train(training)
+
+    def _evaluated(self, batch: Units) -> tuple[float, list[Any]]:
+        given, labels = self._inputs(batch)
+        if not self.task.outputs and labels is not None:
+            loss = losses.token_loss(self.model, given, labels, self.model.row.head == "causal")
+            return float(loss), [None] * len(batch)
+        out = self.model(**given, labels=batches.targets(batch, self.device))
+        count = sum(self.task.weight(example) for unit in batch for example in unit)
+        return float(out.loss) * count, list(_numpy(out.logits))
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, folder: Path) -> None:
+        """Write the model, or its adapter, and the tokenizer."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def finish(self) -> None:
+        """Merge the adapter, if that is an option."""
+        if self.options.merge:
+            lora.merge(self.model)
+
+    def save_state(self, folder: Path) -> None:
+        """Write the states of the optimizer and of the random generators into a checkpoint."""
+        assert self.optimizer is not None
+        state = {**self.optimizer.state()}
+        state |= {f"{_RANDOM}{name}": value for name, value in random_state(self.device).items()}
+        save_tensors(folder / _STATE, {name: x.cpu().clone() for name, x in state.items()}, framework="pt")
+
+    def restore(self, folder: Path) -> None:
+        """Set the states of a checkpoint, whose weights are loaded already."""
+        assert self.optimizer is not None
+        store = open_store(find_weights(folder / _STATE), "pt")
+        state: dict[str, Tensor] = {name: store.tensor(name).clone() for name in store}
+        random = {name.removeprefix(_RANDOM): x for name, x in state.items() if name.startswith(_RANDOM)}
+        self.optimizer.restore({name: x for name, x in state.items() if not name.startswith(_RANDOM)})
+        restore_random_state(random, self.device)
+
+    def load_weights(self, folder: Path) -> None:
+        """Set the weights, or those of the adapter, to those of a folder that `save` wrote."""
+        if self.options.lora_rank is not None:
+            lora.set_weights(self.model, folder)
+            return
+        other = type(self.model).from_pretrained(folder, dtype=self.options.dtype)
+        self.model.load_state_dict(other.state_dict())
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().float().cpu().numpy()

@@ -1,0 +1,80 @@
+"""Losses of training steps. Shape suffixes: n tokens, w width, v vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from monoblock.backends.pytorch import heads
+from monoblock.training.tasks.base import IGNORED
+
+CHUNK = 1 << 24  # logits that exist at a time; 64 MB in float32
+
+
+def token_loss(model: Any, given: dict[str, Any], labels_bs: Tensor, causal: bool) -> Tensor:
+    """The sum of the cross-entropies of tokens with a label, of which at most `CHUNK` logits exist at a time. `causal`:
+    the label of a token is predicted at the token before it."""
+    hidden_bsw = model.bare(**given, return_dict=True)[0]
+    if causal:
+        hidden_bsw, labels_bs = hidden_bsw[:, :-1], labels_bs[:, 1:]
+    labelled = labels_bs != IGNORED
+    return summed_cross_entropy(model, hidden_bsw[labelled], labels_bs[labelled])
+
+
+def summed_cross_entropy(model: Any, hidden_nw: Tensor, labels_n: Tensor) -> Tensor:
+    """The sum of the cross-entropies of the logits of hidden states, computed in chunks of tokens with their
+    gradients."""
+    parameters = _head_parameters(model)
+    return _ChunkedLoss.apply(model, hidden_nw, labels_n, *parameters)  # pyright: ignore[reportReturnType]
+
+
+def _head_parameters(model: Any) -> list[nn.Parameter]:
+    """The trained parameters between the hidden states and the logits."""
+    found: dict[int, nn.Parameter] = {}
+    for role in ("lm_head", "classifier_head", "head_drop", "head_out"):
+        if model.has(role):
+            for parameter in model.role(role).parameters():
+                if parameter.requires_grad:
+                    found[id(parameter)] = parameter
+    return list(found.values())
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss and its gradients in the forward pass, chunk by chunk, so that logits are neither kept nor computed
+    again."""
+
+    @staticmethod
+    def forward(ctx: Any, model: Any, hidden_nw: Tensor, labels_n: Tensor, *parameters: Tensor) -> Tensor:
+        needs = ctx.needs_input_grad
+        size = max(1, CHUNK // model.spec.vocab)
+        total = torch.zeros((), dtype=torch.float32, device=hidden_nw.device)
+        own = torch.zeros_like(hidden_nw) if needs[1] else None
+        # Summed in float32, since bfloat16 would lose the small terms of many chunks.
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        for start in range(0, len(hidden_nw), size):
+            chunk = hidden_nw[start : start + size].detach()
+            with torch.set_grad_enabled(any(needs)):
+                chunk.requires_grad_(bool(needs[1]))
+                logits_nv = heads.logits(model, chunk).float()
+                loss = F.cross_entropy(logits_nv, labels_n[start : start + size], reduction="sum")
+            total += loss.detach()
+            wanted = [*([chunk] if needs[1] else []), *parameters]
+            if wanted and loss.requires_grad:
+                gradients = list(torch.autograd.grad(loss, wanted, allow_unused=True))
+                if own is not None:
+                    own[start : start + size] = gradients.pop(0)
+                for sum_, gradient in zip(sums, gradients, strict=True):
+                    if gradient is not None:
+                        sum_ += gradient
+        ctx.own, ctx.sums, ctx.dtypes = own, sums, [p.dtype for p in parameters]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        own = None if ctx.own is None else ctx.own.mul_(gradient)
+        sums = [s.mul_(gradient).to(dtype) for s, dtype in zip(ctx.sums, ctx.dtypes, strict=True)]
+        return (None, own, None, *sums)

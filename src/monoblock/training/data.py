@@ -1,0 +1,175 @@
+"""Records of data files: objects of JSONL or JSON, rows of CSV, or texts; checked before a model is loaded."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from monoblock.field_types import brief
+from monoblock.texts import check_characters, read_text
+
+JSONL = (".jsonl", ".ndjson")
+CSV = (".csv", ".tsv")
+TEXTS = (".txt", ".md", ".text", ".rst", ".py", "")  # of a folder; a single file may have any other suffix
+
+_MAX_FIELD = 1 << 27  # characters of a CSV field
+
+
+@dataclass(frozen=True)
+class Record:
+    """One object of a data file; `where`: its file and line, for messages."""
+
+    where: str
+    values: dict[str, Any]
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.values.get(name) is not None
+
+    def get(self, name: str) -> Any:
+        """A field's value; ValueError if there is none."""
+        if not self.has(name):
+            known = ", ".join(map(repr, self.values)) or "no field"
+            raise ValueError(f"{self.where}: there is no field {name!r}; the record has {known}")
+        return self.values[name]
+
+    def text(self, name: str) -> str:
+        """A field with a text that is not empty."""
+        value = self.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{self.where}: {name!r} must be a text, got {brief(value)}")
+        check_characters(value, f"{self.where}: {name!r}")
+        return value
+
+    def error(self, problem: str) -> ValueError:
+        """An error that names the record."""
+        return ValueError(f"{self.where}: {problem}")
+
+
+def read_records(path: str) -> list[Record]:
+    """The records of a .jsonl, .ndjson, .json, .csv or .tsv file. ValueError names the line of a wrong one."""
+    file = _existing(path)
+    suffix = file.suffix.lower()
+    if file.is_dir():
+        raise ValueError(f"{path} is a folder: this task reads one file (.jsonl, .json, .csv or .tsv)")
+    if suffix in JSONL:
+        found = list(_jsonl(file))
+    elif suffix in CSV:
+        found = list(_csv(file))
+    elif suffix == ".json":
+        found = _json(file)
+    else:
+        raise ValueError(
+            f"{path}: this task reads .jsonl, .json, .csv or .tsv files, not {suffix or 'this one'}"
+        )
+    return _filled(found, path)
+
+
+def read_documents(path: str, column: str | None) -> list[Record]:
+    """Documents in the field `text`: a text file, the text files of a folder, or a column of a JSONL or CSV file."""
+    file = _existing(path)
+    if file.is_dir():
+        files = [p for p in sorted(file.rglob("*")) if p.is_file() and p.suffix.lower() in TEXTS]
+        if not files:
+            raise ValueError(f"{path}: the folder has no text files ({', '.join(filter(None, TEXTS))})")
+        found = [Record(str(p), {"text": read_text(p)}) for p in files]
+    elif file.suffix.lower() in (*JSONL, *CSV, ".json"):
+        name = column or "text"
+        return [Record(record.where, {"text": record.text(name)}) for record in read_records(path)]
+    else:
+        found = [Record(path, {"text": read_text(file)})]
+    if column is not None:
+        raise ValueError(f"text_column={column!r} is for JSONL and CSV files; {path} is plain text: drop it")
+    return _filled([record for record in found if record.values["text"].strip()], path)
+
+
+def digest(path: str) -> str:
+    """A digest of a file, or of the files of a folder."""
+    found, top = hashlib.blake2b(digest_size=16), Path(path)
+    for file in sorted(p for p in top.rglob("*") if p.is_file()) if top.is_dir() else [top]:
+        found.update(os.fsencode(file.relative_to(top) if file != top else "") + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
+
+
+def _existing(path: str) -> Path:
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    return file
+
+
+def _filled(records: list[Record], path: str) -> list[Record]:
+    if not records:
+        raise ValueError(f"{path} is empty: training needs at least one record")
+    return records
+
+
+def _object(value: object, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return Record(where, cast("dict[str, Any]", value))
+
+
+def _jsonl(file: Path) -> Iterator[Record]:
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            where = f"{file}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8"
+                ) from None
+            if line.strip():
+                yield _object(_parsed(line, where), where)
+
+
+def _json(file: Path) -> list[Record]:
+    content = _parsed(read_text(file), str(file))
+    if isinstance(content, dict):
+        return [_object(content, str(file))]
+    if not isinstance(content, list):
+        raise ValueError(f"{file}: expected a JSON list of objects, found {type(content).__name__}")
+    return [
+        _object(value, f"{file}, element {i}") for i, value in enumerate(cast("list[object]", content), 1)
+    ]
+
+
+def _parsed(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: no JSON ({error})") from None
+
+
+def _csv(file: Path) -> Iterator[Record]:
+    csv.field_size_limit(_MAX_FIELD)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    with file.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as lines:
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        try:
+            header = next(rows, [])
+            if len(set(header)) != len(header):
+                raise ValueError(f"{file}: the header has a column twice: {', '.join(header)}")
+            for row in rows:
+                if row:
+                    where = f"{file}, line {rows.line_num}"
+                    if len(row) != len(header):
+                        raise ValueError(f"{where}: expected {len(header)} fields, found {len(row)}")
+                    yield Record(where, dict(zip(header, row, strict=True)))
+        except csv.Error as error:
+            raise ValueError(f"{file}, line {rows.line_num}: no CSV ({error})") from None
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{file}, after line {rows.line_num}: not UTF-8; save the file as UTF-8"
+            ) from None

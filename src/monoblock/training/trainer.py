@@ -1,0 +1,415 @@
+"""`Trainer`: a run from options to a folder with the model, its metrics and its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monoblock.auto import AutoConfig
+from monoblock.checkpoint.options import HubOptions
+from monoblock.checkpoint.transaction import staged
+from monoblock.demo import path as demo_path
+from monoblock.pipelines import frameworks
+from monoblock.spec import Learned
+from monoblock.tokenization.auto import AutoTokenizer
+from monoblock.training import data
+from monoblock.training.checkpoints import FOLDER, Checkpoints, check_same
+from monoblock.training.evaluation import evaluate
+from monoblock.training.log import MetricsLog
+from monoblock.training.options import MAX_LENGTH, TrainingOptions, write_recipe
+from monoblock.training.packing import packed
+from monoblock.training.schedule import Plan, learning_rate
+from monoblock.training.tasks import make_task
+from monoblock.training.tasks.base import Example, NotFinite, Task
+
+log = logging.getLogger("monoblock")
+
+RECIPE = "recipe.yaml"
+
+# Options that do not change the weights of a step, so that a resumed run may change them.
+FREE = (
+    "output",
+    "eval_data",
+    "save_every",
+    "keep",
+    "log_every",
+    "merge",
+    "device",
+    "offline",
+    "data",
+    "model",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """The state of a run after a step: its loss, tokens per second of this process, and the seconds that are left."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """A finished or interrupted run. `metrics`: of the last evaluation, with keep_best of the best one. `interrupted`:
+    the number of the signal that ended the run after its checkpoint."""
+
+    output: Path
+    step: int
+    steps: int
+    loss: float
+    metrics: dict[str, float]
+    stopped_early: bool = False
+    interrupted: int | None = None
+
+
+@dataclass
+class _State:
+    """What a checkpoint stores beside weights, optimizer and random states."""
+
+    step: int = 0
+    tokens: int = 0
+    loss: float = math.nan
+    best: float | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict[str, float])
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    worse: int = 0  # evaluations since the best one
+    summed: float = 0.0  # losses since the last line of the metrics
+    summed_steps: int = 0
+
+    def stops(self, patience: int | None) -> bool:
+        """Whether early stopping ends the run."""
+        return patience is not None and self.worse >= patience
+
+
+class Trainer:
+    """Fine-tunes a model on a file.
+
+    The constructor checks options and data, before a model is loaded; `train` runs. ValueError: an option or the data
+    is wrong. FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, options: TrainingOptions) -> None:
+        for name in ("data", "output"):
+            if getattr(options, name) is None:
+                raise ValueError(f"{name} is needed")
+        self.options = options
+        self.output = Path(str(options.output))
+        if self.output.is_file():
+            raise ValueError(f"output must be a folder, but {self.output} is a file")
+        self.task: Task = make_task(options)
+        self.records = self.task.read(str(options.data))
+        self.eval_records = (
+            self.task.read(options.eval_data, train=False) if options.eval_data is not None else []
+        )
+        self.checkpoints = Checkpoints(self.output, options.keep)
+
+    def train(
+        self, *, resume: bool = False, show: Callable[[Progress], None] | None = None
+    ) -> TrainingResult:
+        """Train, evaluate and save. `resume`: continue after the last checkpoint of the output, if there is one; the
+        weights are then those of a run that was not interrupted, bit for bit on the same machine. `show` is called
+        after each step. SIGINT and SIGTERM end the run after the step, with a checkpoint."""
+        options, task = self.options, self.task
+        steps = self.checkpoints.steps()
+        if steps and not resume:
+            raise ValueError(
+                f"{self.output} holds the checkpoints of another run: resume it, or choose another output"
+            )
+        prepared = prepare(options, task)
+        examples = task.examples(self.records)
+        if task.skipped:
+            log.warning(
+                "%d of %d records have nothing to learn and are skipped", task.skipped, len(self.records)
+            )
+        examples, held = self._divided(examples)
+        if options.packing:
+            units = packed(examples, task.limit, options.seed)
+        else:
+            units = [[example] for example in examples]
+        plan = Plan.of(options, len(units))
+        decisive = self._decisive()
+        state, source = _State(), prepared.base
+        if steps:
+            stored = self.checkpoints.progress(steps[-1])
+            check_same(stored["options"], decisive, self.checkpoints.path(steps[-1]))
+            state, source = _State(**stored["state"]), str(self.checkpoints.path(steps[-1]))
+        learner = prepared.learner(task, options, prepared.fields, source=source, base=prepared.base)
+        if steps:
+            learner.restore(Path(source))
+        trained, total = learner.count()
+        log.info(
+            "%d examples in %d rows; %d of %d parameters are trained",
+            len(examples),
+            len(units),
+            trained,
+            total,
+        )
+        metrics = MetricsLog(self.output, until=state.step)
+        run = TrainingRun(
+            options, task, plan, units, held, learner, state, self.checkpoints, metrics, decisive
+        )
+        with staged(self.output) as stage:
+            stage.write(RECIPE, write_recipe(options))
+        interrupted = run.steps(show)
+        if interrupted is None:
+            if options.keep_best and state.best is not None:
+                learner.load_weights(self.checkpoints.best)
+                state.metrics = state.best_metrics
+            learner.finish()
+            learner.save(self.output)
+        metrics.draw()
+        return TrainingResult(
+            output=self.output,
+            step=state.step,
+            steps=plan.steps,
+            loss=state.loss,
+            metrics=state.metrics,
+            stopped_early=interrupted is None and state.step < plan.steps,
+            interrupted=interrupted,
+        )
+
+    def _divided(self, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+        """The examples for training and for evaluation."""
+        if self.eval_records:
+            return examples, self.task.examples(self.eval_records)
+        if not self.options.eval_fraction:
+            return examples, []
+        groups = sorted({example.group for example in examples})
+        held = max(1, round(len(groups) * self.options.eval_fraction))
+        if held >= len(groups):
+            raise ValueError(
+                f"eval_fraction={self.options.eval_fraction} of {len(groups)} examples leaves none for training"
+            )
+        order = np.random.default_rng([self.options.seed % 2**64, 2**32]).permutation(len(groups))
+        chosen = {groups[i] for i in order[:held]}
+        return (
+            [example for example in examples if example.group not in chosen],
+            [example for example in examples if example.group in chosen],
+        )
+
+    def _decisive(self) -> dict[str, Any]:
+        """The options and digests of the data, which a resumed run may not change."""
+        found = {name: value for name, value in self.options.to_dict().items() if name not in FREE}
+        found["digest of data"] = data.digest(str(self.options.data))
+        if self.options.eval_data is not None:
+            found["digest of eval_data"] = data.digest(self.options.eval_data)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What is known of a model before its weights are loaded: its folder or name, fields of its config to set, and the
+    backend's class `Learner`."""
+
+    base: str
+    fields: dict[str, Any]
+    learner: Any
+
+
+def prepare(options: TrainingOptions, task: Task, *, adopt: bool = False) -> Prepared:
+    """Read config and tokenizer of the options' model, and bind the task to them. `adopt`: the labels are the model's.
+    ValueError: the model does not fit the options."""
+    framework = frameworks.chosen("pt", "fine-tuning")
+    base = str(demo_path()) if options.model is None else options.model
+    hub: dict[str, Any] = {"local_files_only": options.offline}
+    if options.revision is not None:
+        hub["revision"] = options.revision
+    files = HubOptions.pop(dict(hub))
+    tokenizer: Any = AutoTokenizer.from_pretrained(base, **hub)
+    config = AutoConfig.from_pretrained(_base_of(base, files), **hub)
+    learned = config.to_spec().position(Learned)
+    most = math.inf if learned is None else learned.size - learned.offset
+    limit = options.max_length or int(min(MAX_LENGTH, most, tokenizer.model_max_length or math.inf))
+    if limit > most:
+        raise ValueError(f"max_length={limit}, but the model has {most:.0f} positions: choose fewer tokens")
+    if adopt:
+        task.adopt(config)
+    task.bind(tokenizer, limit)
+    fields = {} if adopt else task.settings()
+    if task.auto == "AutoModelForSequenceClassification" and config.pad_token_id is None:
+        # A decoder's classifier finds the last token by the padding id.
+        pad = tokenizer.pad_token_id
+        fields["pad_token_id"] = tokenizer.eos_token_id if pad is None else pad
+        if fields["pad_token_id"] is None:
+            raise ValueError(
+                "the tokenizer has neither a padding token nor an end token: classification needs one"
+            )
+    return Prepared(base=base, fields=fields, learner=framework.learner.Learner)
+
+
+def _base_of(name: str, files: HubOptions) -> str:
+    from monoblock.checkpoint.adapter_files import base_of, is_adapter
+
+    return str(base_of(name, files)) if is_adapter(name, files) else name
+
+
+class TrainingRun:
+    """The loop over the steps."""
+
+    def __init__(
+        self,
+        options: TrainingOptions,
+        task: Task,
+        plan: Plan,
+        units: list[list[Example]],
+        held: list[Example],
+        learner: Any,
+        state: _State,
+        checkpoints: Checkpoints,
+        metrics: MetricsLog,
+        decisive: dict[str, Any],
+    ) -> None:
+        self.options, self.task, self.plan, self.units, self.held = options, task, plan, units, held
+        self.learner, self.state, self.checkpoints, self.metrics = learner, state, checkpoints, metrics
+        self.decisive = decisive
+
+    def steps(self, show: Callable[[Progress], None] | None) -> int | None:
+        """Run the steps that are left; the number of a signal that ended them, else None."""
+        state, plan, options = self.state, self.plan, self.options
+        begin, first, tokens = time.monotonic(), state.step, 0
+        with _signals() as received:
+            if not state.step and self.held:  # what the model can do already
+                self._evaluate()
+            while state.step < plan.steps and not state.stops(options.early_stopping):
+                tokens += self._step()
+                spent = max(time.monotonic() - begin, 1e-9)
+                self._log(spent)
+                if self.held and (self._due(options.eval_every) or state.step == plan.steps):
+                    self._evaluate()
+                last = state.step == plan.steps or state.stops(options.early_stopping)
+                if saved := last or self._due(options.save_every):
+                    self._save()
+                if show is not None:
+                    left = (plan.steps - state.step) * spent / (state.step - first)
+                    show(
+                        Progress(
+                            step=state.step,
+                            steps=plan.steps,
+                            loss=state.loss,
+                            tokens_per_second=tokens / spent,
+                            seconds_left=left,
+                        )
+                    )
+                if received and not last:
+                    if not saved:
+                        self._save()
+                    return received[0]
+        return None
+
+    def _step(self) -> int:
+        """One step; returns its number of tokens."""
+        state, plan = self.state, self.plan
+        rows = plan.batches(state.step)
+        epoch = plan.epoch(state.step)
+        batches = [[self._unit(index, epoch) for index in batch] for batch in rows]
+        self.rate = learning_rate(self.options, state.step, plan.steps)
+        try:
+            state.loss, self.norm = self.learner.step(batches, self.rate)
+        except NotFinite as error:
+            chosen = batches if error.batch is None else [batches[error.batch]]
+            where = [example.where for batch in chosen for unit in batch for example in unit]
+            more = f" and {len(where) - 8} others" if len(where) > 8 else ""
+            raise ValueError(
+                f"step {state.step + 1} (epoch {epoch + 1}): {error}, for the batch of {'; '.join(where[:8])}"
+                f"{more}; the weights are unchanged since the step before: lower learning_rate, or look at this data"
+            ) from None
+        tokens = sum(example.tokens for batch in batches for unit in batch for example in unit)
+        state.step += 1
+        state.tokens += tokens
+        state.summed += state.loss
+        state.summed_steps += 1
+        return tokens
+
+    def _unit(self, index: int, epoch: int) -> list[Example]:
+        """The examples of a row in this epoch."""
+        seed = self.options.seed % 2**64
+        return [
+            self.task.drawn(example, np.random.default_rng([seed, epoch, index, number]))
+            for number, example in enumerate(self.units[index])
+        ]
+
+    def _due(self, every: int | None) -> bool:
+        """Whether something is done after this step: at every so many, else at the end of an epoch."""
+        return self.state.step % (every or self.plan.steps_per_epoch) == 0
+
+    def _log(self, spent: float) -> None:
+        state = self.state
+        if state.step % self.options.log_every and state.step != self.plan.steps:
+            return
+        line = {
+            "step": state.step,
+            "epoch": round(state.step / self.plan.steps_per_epoch, 4),
+            "loss": state.summed / state.summed_steps,
+            "learning_rate": self.rate,
+            "grad_norm": self.norm,
+            "tokens": state.tokens,
+            "seconds": round(spent, 3),
+        }
+        state.summed, state.summed_steps = 0.0, 0
+        self.metrics.write(line)
+
+    def _evaluate(self) -> None:
+        state, options = self.state, self.options
+        state.metrics = evaluate(self.learner, self.task, self.held, options.batch_size)
+        self.metrics.write(
+            {"step": state.step, **{f"eval_{name}": value for name, value in state.metrics.items()}}
+        )
+        loss = state.metrics["loss"]
+        if state.best is None or loss < state.best:
+            state.best, state.best_metrics, state.worse = loss, state.metrics, 0
+            if options.keep_best:
+                self.checkpoints.write_best(self.learner.save)
+        else:
+            state.worse += 1
+
+    def _save(self) -> None:
+        progress = {"step": self.state.step, "state": vars(self.state), "options": self.decisive}
+
+        def save(folder: Path) -> None:
+            self.learner.save(folder)
+            self.learner.save_state(folder)
+
+        self.checkpoints.write(self.state.step, progress, save)
+        self.metrics.draw()
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The numbers of the signals SIGINT and SIGTERM received in the block; a second one has its usual effect."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.getsignal(number) for number in numbers}
+
+    def receive(number: int, frame: Any) -> None:
+        del frame
+        received.append(number)
+        for one in numbers:
+            signal.signal(one, old[one] if old[one] is not None else signal.SIG_DFL)
+
+    for number in numbers:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number in numbers:
+            signal.signal(number, old[number] if old[number] is not None else signal.SIG_DFL)
+
+
+__all__ = ["FOLDER", "Prepared", "Progress", "Trainer", "TrainingResult", "prepare"]

@@ -1,0 +1,271 @@
+"""Fine-tuning without a framework: options, recipes, data files, the order of the data, packing and metrics."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from monoblock.training.data import read_documents, read_records
+from monoblock.training.log import curves
+from monoblock.training.options import DEFAULTS, KINDS, TrainingOptions, read_recipe, write_recipe
+from monoblock.training.packing import packed
+from monoblock.training.schedule import Plan
+from monoblock.training.scores import correlation, multi_label, ranks, regression, single_label
+from monoblock.training.tasks.base import Example, TokenRow
+from monoblock.training.trainer import Trainer
+
+needs_yaml = pytest.mark.skipif(importlib.util.find_spec("yaml") is None, reason="needs PyYAML")
+
+
+def test_the_package_imports_no_framework() -> None:
+    code = (
+        "import sys; from monoblock.training import Trainer, TrainingOptions; "
+        "assert not {'torch', 'jax', 'tensorflow', 'peft', 'transformers'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+# ---------------------------------------------------------------------------- options
+
+WRONG: dict[str, dict[str, Any]] = {
+    "task must be one of lm, .*, got 'sing'": {"task": "sing"},
+    "batch_size must be at least 1, got 0": {"batch_size": 0},
+    "batch_size must be an integer, got 'four'": {"batch_size": "four"},
+    "batch_size must be an integer, got True": {"batch_size": True},
+    "learning_rate must be above 0, got 0.0": {"learning_rate": 0},
+    "learning_rate must be a finite number, got nan": {"learning_rate": float("nan")},
+    "packing must be true or false, got 1": {"packing": 1},
+    "freeze must be a list of strings, got 'wte'": {"freeze": "wte"},
+    "square_decay must be below 1": {"square_decay": 1},
+    "seed must be an integer of 64 bits": {"seed": 2**64},
+    "epochs and max_steps exclude each other": {"epochs": 1, "max_steps": 1},
+    "early_stopping needs eval_data or eval_fraction": {"early_stopping": 2},
+    "lora_alpha needs lora_rank": {"lora_alpha": 2},
+    "quantize needs lora_rank": {"quantize": "int4"},
+    "merge needs unquantised weights: drop it or quantize=int8": {
+        "quantize": "int8",
+        "lora_rank": 2,
+        "merge": True,
+    },
+    "freeze has no effect with lora_rank": {"freeze": ["a"], "lora_rank": 2},
+    "problem has no effect with task=lm": {"problem": "regression"},
+    "packing is for the tasks lm and chat, not for classification": {
+        "packing": True,
+        "task": "classification",
+    },
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_options_are_named(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingOptions(**WRONG[message])
+
+
+@needs_yaml
+def test_a_recipe_holds_every_option(tmp_path: Path) -> None:
+    options = TrainingOptions(task="classification", labels=["no", "yes"], learning_rate=1e-5, epochs=2)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(write_recipe(options))
+    assert set(read_recipe(path)) == set(KINDS) == set(DEFAULTS)
+    assert TrainingOptions(**read_recipe(path)) == options
+
+
+@needs_yaml
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "'learning_rat' is not an option of a recipe; there are: model, task"),
+        ("epochs: many", "epochs must be an integer, got 'many'"),
+        ("- lm", "a recipe is a mapping of options"),
+        ("a: [", "is no YAML"),
+        ("!!python/object/apply:os.getcwd []", "is no YAML"),
+    ],
+)
+def test_wrong_recipes_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_recipe(path)
+    assert str(error.value).startswith(str(path))
+
+
+# ---------------------------------------------------------------------------- data
+
+RECORD = json.dumps({"text": "the fox", "label": "a"})
+CLASSES: dict[str, Any] = {"task": "classification"}
+CHAT: dict[str, Any] = {"task": "chat"}
+
+# file name, content, options, message
+BAD: list[tuple[str, str, dict[str, Any], str]] = [
+    ("d.jsonl", RECORD + "\n{text", CLASSES, r"d.jsonl, line 2: no JSON \("),
+    ("d.jsonl", "[" * 100_000, CLASSES, r"line 1: no JSON \("),
+    ("d.jsonl", "[1]", CLASSES, "line 1: expected a JSON object, found list"),
+    ("d.jsonl", '{"body": "a"}', CLASSES, "line 1: there is no field 'text'; the record has 'body'"),
+    ("d.jsonl", '{"text": 3}', CLASSES, "line 1: 'text' must be a text, got 3"),
+    ("d.jsonl", '{"text": "a", "label": null}', CLASSES, "line 1: there is no field 'label'"),
+    (
+        "d.jsonl",
+        '{"text": "a", "label": 1.5}',
+        CLASSES,
+        "a label must be a name or an integer from 0, got 1.5",
+    ),
+    ("d.jsonl", '{"text": "a", "label": -1}', CLASSES, "integer labels count up from 0"),
+    (
+        "d.jsonl",
+        '{"text": "a", "label": 9}',
+        {**CLASSES, "labels": ["a", "b"]},
+        "label 9 is none of the 2 known",
+    ),
+    ("d.jsonl", RECORD, CLASSES, "needs at least two different labels, found 1"),
+    ("d.jsonl", "\n\n", CLASSES, "d.jsonl is empty: training needs at least one record"),
+    ("d.csv", "text,label\na,b,c", CLASSES, "line 2: expected 2 fields, found 3"),
+    ("d.csv", "words,label\na,b", CLASSES, "there is no field 'text'; the record has 'words', 'label'"),
+    ("d.json", '{"a": 1', CLASSES, "d.json: no JSON"),
+    ("d.parquet", "PAR1", CLASSES, "this task reads .jsonl, .json, .csv or .tsv files, not .parquet"),
+    ("d.txt", "  \n", {}, "d.txt is empty"),
+    ("d.txt", "text", {"text_column": "body"}, "text_column='body' is for JSONL and CSV files"),
+    ("d.jsonl", '{"messages": []}', CHAT, "'messages' must be a list of {role, content}"),
+    ("d.jsonl", '{"messages": [{"role": "user"}]}', CHAT, "each message must have a 'role' and a 'content'"),
+    (
+        "d.jsonl",
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        CHAT,
+        "no message has the role 'assistant'",
+    ),
+    (
+        "d.jsonl",
+        '{"text": "a", "label": "many"}',
+        {**CLASSES, "problem": "regression"},
+        "'label' must be a number or a list of numbers, got 'many'",
+    ),
+    (
+        "d.jsonl",
+        '{"text": "a", "label": [1, 2]}\n{"text": "b", "label": 1}',
+        {**CLASSES, "problem": "regression"},
+        "line 2: expected 2 numbers in 'label', found 1",
+    ),
+    (
+        "d.jsonl",
+        '{"text": "a", "label": "x"}',
+        {**CLASSES, "problem": "multi-label"},
+        "needs at least two different labels",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "more", "message"), BAD)
+def test_bad_data_is_refused_before_a_model_is_loaded(
+    name: str, content: str, more: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    options = TrainingOptions(
+        model="no-such-model", data=str(tmp_path / name), output=str(tmp_path / "out"), **more
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        Trainer(options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_labels_must_be_known(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(RECORD + '\n{"text": "b", "label": "b"}')
+    (tmp_path / "eval.jsonl").write_text('{"text": "c", "label": "c"}')
+    data, held = str(tmp_path / "train.jsonl"), str(tmp_path / "eval.jsonl")
+    with pytest.raises(
+        ValueError, match=r"eval.jsonl, line 1: the label 'c' is none of the 2 known ones \(a, b\)"
+    ):
+        Trainer(
+            TrainingOptions(task="classification", data=data, eval_data=held, output=str(tmp_path / "out"))
+        )
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    for name in ("d.txt", "d.jsonl", "d.csv"):
+        (tmp_path / name).write_bytes(b'{"text": "\xff\xfe"}\n')
+        with pytest.raises(ValueError, match="UTF-8"):
+            Trainer(TrainingOptions(data=str(tmp_path / name), output=str(tmp_path / "out")))
+
+
+def test_documents_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, text in (
+        ("b.txt", "two"),
+        ("a.md", "one"),
+        ("sub/c.py", "three"),
+        ("image.png", "none"),
+        ("e.txt", " "),
+    ):
+        (tmp_path / name).write_text(text)
+    found = read_documents(str(tmp_path), None)
+    assert [record.values["text"] for record in found] == ["one", "two", "three"]
+    with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
+        read_documents(str(tmp_path / "none"), None)
+    with pytest.raises(ValueError, match="is a folder: this task reads one file"):
+        read_records(str(tmp_path))
+
+
+def test_a_csv_file_has_quoted_fields(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text('\ufefftext,label\n"a, ""b""\nc",1\n')
+    (record,) = read_records(str(tmp_path / "d.csv"))
+    assert record.values == {"text": 'a, "b"\nc', "label": "1"} and record.where.endswith("d.csv, line 3")
+
+
+# ---------------------------------------------------------------------------- order, packing, metrics
+
+
+def test_each_epoch_has_all_rows_in_another_order() -> None:
+    options = TrainingOptions(batch_size=3, accumulation=2, epochs=2, seed=5)
+    plan = Plan.of(options, 20)
+    assert plan.steps_per_epoch == 4 and plan.steps == 8
+    epochs = [
+        [row for step in range(4 * e, 4 * e + 4) for b in plan.batches(step) for row in b] for e in range(2)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
+    assert [len(batch) for batch in plan.batches(3)] == [2]
+    assert plan.batches(5) == Plan.of(options, 20).batches(5)
+
+
+def test_packed_rows_hold_every_example_once() -> None:
+    rng = np.random.default_rng(0)
+    examples = [
+        Example((TokenRow(np.zeros(int(n), np.int32)),), "", i)
+        for i, n in enumerate(rng.integers(1, 60, 500))
+    ]
+    rows = packed(examples, 64, seed=1)
+    assert sorted(example.group for row in rows for example in row) == list(range(500))
+    lengths = [sum(example.tokens for example in row) for row in rows]
+    assert max(lengths) <= 64 and sum(lengths) / (64 * len(rows)) > 0.9
+    assert packed(examples, 64, seed=1) == rows != packed(examples, 64, seed=2)
+
+
+def test_metrics() -> None:
+    found = single_label(np.array([0, 1, 1, 2]), np.array([0, 1, 2, 2]), 4)
+    assert found == pytest.approx({"accuracy": 0.75, "f1": (1 + 2 / 3 + 2 / 3) / 3})
+    predicted, targets = np.array([[1, 0], [1, 1]]) > 0, np.array([[1, 0], [1, 0]]) > 0
+    assert multi_label(predicted, targets) == pytest.approx({"accuracy": 0.5, "f1": 0.8})
+    x, y = np.array([1.0, 2, 2, 9]), np.array([1.0, 3, 3, 4])
+    assert ranks(x).tolist() == [0, 1.5, 1.5, 3]
+    assert regression(x, y)["spearman"] == pytest.approx(1) and regression(x, y)["mse"] == pytest.approx(
+        27 / 4
+    )
+    assert correlation(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1]) and correlation(x, np.ones(4)) == 0
+
+
+def test_curves_are_drawn() -> None:
+    lines = [{"step": i, "loss": 3 / i, "extra": 1} for i in range(1, 2000)] + [
+        {"step": 9, "eval_loss": float("nan")}
+    ]
+    text = curves(lines)
+    assert (
+        text.startswith("<svg") and "training loss" in text and "evaluation" not in text and "nan" not in text
+    )
+    assert text.count("L") < 500
+    assert "<svg" in curves([]) and "<svg" in curves([{"step": 1, "loss": 2.0}])

@@ -1,0 +1,292 @@
+"""Fine-tuning: the loss curve of transformers' Trainer, and a score on a task with a known answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training_runs
+import transformers
+from documents import DOCS, blocks
+from torch.utils.data import Sampler
+from training_runs import jsonl, losses, run, sentences
+
+import monoblock
+import monoblock.training
+from monoblock.training import Trainer
+from monoblock.training.schedule import Plan, learning_rate
+from monoblock.training.trainer import prepare
+
+torch.set_num_threads(1)
+
+STEPS = 50
+
+
+class InOrder(Sampler[int]):
+    """The rows of the plan's first epoch."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.order = plan.order(0).tolist()
+
+    def __iter__(self) -> Any:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+def transformers_losses(model: Path, settings: Any, output: Path) -> list[float]:
+    """The losses of transformers' Trainer with our examples, in our order."""
+    trainer = Trainer(settings)
+    prepared = prepare(settings, trainer.task)
+    examples = trainer.task.examples(trainer.records)
+    auto = getattr(transformers, trainer.task.auto)
+    rows = []
+    for example in examples:
+        (row,) = example.rows
+        labels = example.target if row.labels is None else row.labels.tolist()
+        rows.append({"input_ids": row.ids.tolist(), "labels": labels})
+
+    def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in batch)
+
+        def padded(values: list[int], value: int) -> list[int]:
+            return values + [value] * (longest - len(values))
+
+        ids = [padded(row["input_ids"], 3) for row in batch]
+        mask = [padded([1] * len(row["input_ids"]), 0) for row in batch]
+        labels = [
+            row["labels"] if isinstance(row["labels"], int) else padded(row["labels"], -100) for row in batch
+        ]
+        return {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.tensor(mask),
+            "labels": torch.tensor(labels),
+        }
+
+    plan = Plan.of(settings, len(examples))
+
+    class Ordered(transformers.Trainer):
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return InOrder(plan)
+
+    transformers.set_seed(settings.seed)
+    theirs = auto.from_pretrained(model, **prepared.fields)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_steps or 0,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    made = Ordered(theirs, arguments, train_dataset=rows, data_collator=collate)
+    made.train()
+    return [line["loss"] for line in made.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "more"),
+    [
+        ("MistralForCausalLM", "linear", {"warmup_steps": 5, "accumulation": 2}),
+        ("GPTNeoForCausalLM", "cosine", {"max_grad_norm": 0.5}),
+    ],
+)
+def test_lm_has_the_loss_curve_of_transformers(name: str, schedule: str, more: Any, tmp_path: Path) -> None:
+    model = training_runs.folder(tmp_path / "model", name)
+    per_step = 4 * more.get("accumulation", 1)
+    data = jsonl(tmp_path / "data.jsonl", ({"text": text} for text in sentences(STEPS * per_step)))
+    settings = training_runs.options(
+        model,
+        data,
+        tmp_path / "out",
+        max_steps=STEPS,
+        schedule=schedule,
+        weight_decay=0.1,
+        max_length=24,
+        **more,
+    )
+    Trainer(settings).train()
+    expected = transformers_losses(model, settings, tmp_path / "theirs")
+    assert len(expected) == STEPS and expected[-1] < expected[0] - 0.5
+    np.testing.assert_allclose(losses(tmp_path / "out"), expected, atol=1e-4)
+
+
+def labelled(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts, and whether they have the word fox."""
+    return [{"text": text, "label": "fox" if "fox" in text else "none"} for text in sentences(count, seed)]
+
+
+@pytest.mark.parametrize("name", ["MPNetForSequenceClassification", "MistralForSequenceClassification"])
+def test_classification_has_the_loss_curve_of_transformers(name: str, tmp_path: Path) -> None:
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if "MPNet" in name else {}
+    model = training_runs.folder(tmp_path / "model", name, num_labels=2, **dropout)
+    data = jsonl(tmp_path / "data.jsonl", labelled(STEPS * 4))
+    settings = training_runs.options(model, data, tmp_path / "out", max_steps=STEPS, task="classification")
+    Trainer(settings).train()
+    expected = transformers_losses(model, settings, tmp_path / "theirs")
+    np.testing.assert_allclose(losses(tmp_path / "out"), expected, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------- scores
+
+
+def test_lm_learns_a_text(tmp_path: Path) -> None:
+    """A text that repeats: each token after the first few is certain, so the perplexity tends to 1."""
+    model = training_runs.folder(tmp_path / "model", "GPTNeoForCausalLM")
+    data = tmp_path / "data.txt"
+    data.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    result = run(
+        model,
+        data,
+        tmp_path / "out",
+        epochs=20,
+        learning_rate=5e-3,
+        max_length=60,
+        eval_fraction=0.1,
+        batch_size=4,
+    )
+    assert result.metrics["perplexity"] < 1.2
+    tuned = monoblock.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = monoblock.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("the quick brown fox", return_tensors="pt")["input_ids"]
+    found = tokenizer.decode(tuned.generate(ids, max_new_tokens=10, do_sample=False)[0])
+    assert found.endswith(" jumps ove")
+
+
+def test_windows_predict_each_token_once(tmp_path: Path) -> None:
+    model = training_runs.folder(tmp_path / "model", "GPTNeoForCausalLM")
+    texts = ["the quick brown fox " * 5, "the lazy dog"]
+    data = jsonl(tmp_path / "data.jsonl", ({"body": text} for text in texts))
+    settings = training_runs.options(model, data, tmp_path / "out", text_column="body", max_length=10)
+    trainer = Trainer(settings)
+    prepare(settings, trainer.task)
+    tokenizer = trainer.task.tokenizer
+    predicted = [
+        int(label)
+        for example in trainer.task.examples(trainer.records)
+        for label in example.rows[0].labels  # pyright: ignore[reportOptionalIterable]
+        if label != -100
+    ]
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    assert predicted == [token for row in ids for token in row[1:]]
+
+
+@pytest.mark.parametrize("name", ["MPNetForSequenceClassification", "GPTNeoForSequenceClassification"])
+def test_single_label(name: str, tmp_path: Path) -> None:
+    model = training_runs.folder(tmp_path / "model", name)
+    data = jsonl(tmp_path / "train.jsonl", labelled(160))
+    held = jsonl(tmp_path / "eval.jsonl", labelled(40, seed=1))
+    more = {"task": "classification", "eval_data": held, "epochs": 8, "learning_rate": 5e-3, "batch_size": 16}
+    result = run(model, data, tmp_path / "out", **more)
+    assert result.metrics["accuracy"] >= 0.95 and result.metrics["f1"] >= 0.9
+    classify = monoblock.pipeline("text-classification", str(tmp_path / "out"))
+    assert classify("the quick fox")[0]["label"] == "fox"
+    assert classify("the lazy dog")[0]["label"] == "none"
+
+
+def test_multi_label(tmp_path: Path) -> None:
+    model = training_runs.folder(tmp_path / "model", "MPNetForSequenceClassification")
+    rows = [
+        {"text": text, "label": [word for word in ("fox", "the") if word in text.split()]}
+        for text in sentences(200)
+    ]
+    data, held = jsonl(tmp_path / "train.jsonl", rows[:160]), jsonl(tmp_path / "eval.jsonl", rows[160:])
+    more = {"task": "classification", "problem": "multi-label", "eval_data": held}
+    result = run(model, data, tmp_path / "out", epochs=8, learning_rate=5e-3, batch_size=16, **more)
+    assert result.metrics["accuracy"] >= 0.9 and result.metrics["f1"] >= 0.95
+
+
+def test_regression_of_a_csv_file(tmp_path: Path) -> None:
+    model = training_runs.folder(tmp_path / "model", "MPNetForSequenceClassification")
+    lines = [f"{text},{len(text.split()) / 4}" for text in sentences(200)]
+    data, held = tmp_path / "train.csv", tmp_path / "eval.csv"
+    for path, part in ((data, lines[:160]), (held, lines[160:])):
+        path.write_text("\n".join(["sentence,words", *part]) + "\n")
+    more = {
+        "task": "classification",
+        "problem": "regression",
+        "text_column": "sentence",
+        "label_column": "words",
+    }
+    result = run(
+        model, data, tmp_path / "out", epochs=10, learning_rate=5e-3, batch_size=16, eval_data=held, **more
+    )
+    assert result.metrics["mse"] < 0.03 and result.metrics["spearman"] > 0.9
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": answer}]}
+    for word, answer in (("the fox", "quick."), ("the dog", "lazy!"), ("who?", "fox, dog."))
+]
+GENERATION = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+    "</s>{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, GENERATION])
+def test_chat_answers(template: str | None, tmp_path: Path) -> None:
+    model = training_runs.folder(tmp_path / "model", "GPTNeoForCausalLM")
+    data = jsonl(tmp_path / "data.jsonl", CHATS * 10)
+    more: dict[str, Any] = {"task": "chat", "max_length": 64, "epochs": 14, "learning_rate": 1e-2}
+    if template is not None:
+        (tmp_path / "template.jinja").write_text(template)
+        more["chat_template"] = tmp_path / "template.jinja"
+    settings = training_runs.options(model, data, tmp_path / "out", **more)
+    trainer = Trainer(settings)
+    result = trainer.train()
+    assert result.loss < 0.1
+    tokenizer = trainer.task.tokenizer
+    for example, chat in zip(trainer.task.examples(trainer.records[:3]), CHATS, strict=True):
+        (row,) = example.rows
+        assert row.labels is not None
+        answer = chat["messages"][1]["content"]
+        assert tokenizer.decode(row.labels[row.labels != -100].tolist()) == answer + (
+            "</s>" if template else ""
+        )
+    tuned = monoblock.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = monoblock.AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = [{"role": "user", "content": "the dog"}]
+    ids = loaded.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    found = tuned.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert loaded.decode(found, skip_special_tokens=True).startswith("lazy!")
+
+
+def test_schedules_are_those_of_transformers() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    for name in ("linear", "cosine", "constant"):
+        for warmup in (0, 4):
+            settings = monoblock.training.TrainingOptions(
+                learning_rate=0.5, schedule=name, warmup_steps=warmup
+            )
+            optimizer = torch.optim.SGD(weights, lr=0.5)
+            kind = "constant_with_warmup" if name == "constant" else name
+            theirs = transformers.get_scheduler(kind, optimizer, warmup, 20)
+            for step in range(20):
+                assert learning_rate(settings, step, 20) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+                optimizer.step()
+                theirs.step()
+
+
+def test_the_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of docs/training.md, with one step over one page."""
+    (code,) = blocks(DOCS / "training.md", "python")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "demo.md").write_text((DOCS / "demo.md").read_text()[:2000])
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("max_steps=60", "max_steps=1, max_length=32"), {})
+    assert monoblock.AutoModelForCausalLM.from_pretrained("my-model").config.n_layers == 4

@@ -1,0 +1,63 @@
+"""Tiny models, data files and runs for the tests of fine-tuning."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tiny_pipelines
+import torch
+import transformers
+from tiny_families import CLASSES, fields
+
+from monoblock.training import Trainer, TrainingOptions, TrainingResult
+
+COLOURS = ("red", "blue", "green", "white")
+
+
+def folder(at: Path, name: str, **more: Any) -> Path:
+    """A checkpoint of that class with a tokenizer, with the small initial weights of transformers, which train well."""
+    tiny_pipelines.folder(at, name, **more)
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    cls(cls.config_class(**fields(CLASSES[name], **more))).save_pretrained(at)
+    return at
+
+
+def jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Sentences of the words that the tiny tokenizers know."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(tiny_pipelines.PIECES[:9], k=rng.randint(2, 6))) for _ in range(count)]
+
+
+def options(model: Path, data: Path, output: Path, **more: Any) -> TrainingOptions:
+    """Options of a short run on the CPU."""
+    base = {
+        "model": model,
+        "data": data,
+        "output": output,
+        "device": "cpu",
+        "learning_rate": 1e-3,
+        "batch_size": 4,
+    }
+    return TrainingOptions(**{**base, **more})
+
+
+def run(model: Path, data: Path, output: Path, **more: Any) -> TrainingResult:
+    return Trainer(options(model, data, output, **more)).train()
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> list[float]:
+    return [line["loss"] for line in metrics(output) if "loss" in line]
