@@ -50,7 +50,7 @@ def main() -> None:
     options = json.loads(Path(sys.argv[1]).read_text())
     rng = random.Random(int(sys.argv[3]))
     killed = 0
-    while killed < int(sys.argv[2]) and not attempt(options, rng.uniform(0.05, 1.2)):
+    while killed < int(sys.argv[2]) and not attempt(options, rng.uniform(0.05, 0.8)):
         killed += 1
     if killed == int(sys.argv[2]):
         assert attempt(options, None)

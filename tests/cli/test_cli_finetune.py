@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,12 +15,15 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("yaml")
 
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests run beside these
 FAST = ("--max-length", "32", "--batch-size", "2", "--learning-rate", "1e-3", "--device", "cpu")
 
 
-def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "monoblock.cli", "finetune", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240)
+def run(*args: str | Path, command: tuple[str, ...] = ("finetune",)) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "monoblock.cli", *command, *map(str, args)]
+    return subprocess.run(
+        line, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=ENV, timeout=240
+    )
 
 
 @pytest.fixture
@@ -49,6 +53,11 @@ def test_a_text_file_becomes_a_model(data: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     shown = run("--recipe", output / "recipe.yaml", "--show-recipe", "--seed", "5")
     assert shown.returncode == 0 and "max_steps: 3\n" in shown.stdout and "seed: 5\n" in shown.stdout
+    command = ["evaluate", "--model", str(output), "--data", str(data), "--max-length", "32", "--json"]
+    evaluated = run(*command, command=())
+    assert evaluated.returncode == 0, evaluated.stderr
+    values = json.loads(evaluated.stdout)
+    assert set(values) == {"loss", "perplexity"} and values["loss"] < 2
     again = run("--recipe", output / "recipe.yaml")
     assert again.returncode == 1 and "holds the checkpoints of another run" in again.stderr
 

@@ -17,7 +17,16 @@ from monoblock.training.log import curves
 from monoblock.training.options import DEFAULTS, KINDS, TrainingOptions, read_recipe, write_recipe
 from monoblock.training.packing import packed
 from monoblock.training.schedule import Plan
-from monoblock.training.scores import correlation, multi_label, ranks, regression, single_label
+from monoblock.training.scores import (
+    answers,
+    correlation,
+    entities,
+    multi_label,
+    ranks,
+    regression,
+    single_label,
+    spans,
+)
 from monoblock.training.tasks.base import Example, TokenRow
 from monoblock.training.trainer import Trainer
 
@@ -160,6 +169,61 @@ BAD: list[tuple[str, str, dict[str, Any], str]] = [
     ),
 ]
 
+TAGS: dict[str, Any] = {"task": "token-classification"}
+QUESTIONS: dict[str, Any] = {"task": "qa"}
+PAIRS: dict[str, Any] = {"task": "embedding"}
+PREFERENCES: dict[str, Any] = {"task": "preference"}
+
+# rows of a .jsonl file, options, message
+BAD_ROWS: list[tuple[list[Any], dict[str, Any], str]] = [
+    ([{"tokens": "a b", "tags": [0, 1]}], TAGS, "'tokens' must be a list of words, got 'a b'"),
+    ([{"tokens": ["a"], "tags": ["O", "O"]}], TAGS, "there are 1 words, but 2 labels"),
+    ([{"tokens": ["a"], "tags": [1.5]}], TAGS, "'tags' must be a list of names or integers"),
+    (
+        [{"tokens": ["a"], "tags": [5]}],
+        {**TAGS, "labels": ["O", "B-X"]},
+        "label 5 is none of the 2 known ones",
+    ),
+    ([{"question": "who?", "context": "a dog", "answers": "dog"}], QUESTIONS, "'answers' must be an object"),
+    (
+        [{"question": "who?", "context": "a dog", "answers": {"text": ["dog"], "answer_start": [0]}}],
+        QUESTIONS,
+        "the context does not have the answer 'dog' at character 0",
+    ),
+    (
+        [{"question": "who?", "context": "", "answers": {"text": [], "answer_start": []}}],
+        QUESTIONS,
+        "'context' must be a",
+    ),
+    (
+        [{"data": [{"paragraphs": [{"context": "a"}]}]}],
+        QUESTIONS,
+        r"data\[0\].paragraphs\[0\]: 'qas' must be a list",
+    ),
+    ([{"anchor": "a"}] * 2, PAIRS, "there is no field 'positive'"),
+    ([{"anchor": "a", "positive": "b"}], PAIRS, "at least two pairs, found one"),
+    (
+        [{"anchor": "a", "positive": "b", "negative": [1]}] * 2,
+        PAIRS,
+        "'negative' must be a text or a list of texts",
+    ),
+    ([{"prompt": "a", "chosen": "b", "rejected": "b"}], PREFERENCES, "are the same answer"),
+    (
+        [{"prompt": "a", "chosen": [], "rejected": "b"}],
+        PREFERENCES,
+        "must be texts, or lists of {role, content}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "more", "message"), BAD_ROWS)
+def test_bad_records_are_refused(rows: list[Any], more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message) as error:
+        Trainer(TrainingOptions(model="no-such-model", data=str(path), output=str(tmp_path / "out"), **more))
+    assert "d.jsonl" in str(error.value) and "\n" not in str(error.value)
+
 
 @pytest.mark.parametrize(("name", "content", "more", "message"), BAD)
 def test_bad_data_is_refused_before_a_model_is_loaded(
@@ -257,6 +321,16 @@ def test_metrics() -> None:
         27 / 4
     )
     assert correlation(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1]) and correlation(x, np.ones(4)) == 0
+
+
+def test_metrics_of_entities_and_answers() -> None:
+    tags = ["B-X", "I-X", "O", "I-Y", "I-X", "B-X", "O"]
+    assert entities(tags) == [("X", 0, 2), ("Y", 3, 4), ("X", 4, 5), ("X", 5, 6)]
+    found = spans([(["B-X", "O", "O"], ["B-X", "I-X", "O"]), (["O", "B-Y"], ["O", "B-Y"])])
+    assert found == pytest.approx({"accuracy": 0.8, "precision": 0.5, "recall": 0.5, "f1": 0.5})
+    assert spans([(["a"], ["b"])]) == {"accuracy": 0.0}
+    pairs = [("The dog!", ["dog", "a cat"]), ("", [""]), ("dog", [""]), ("big dog", ["dog house"])]
+    assert answers(pairs) == pytest.approx({"exact_match": 0.5, "f1": (1 + 1 + 0 + 0.5) / 4})
 
 
 def test_curves_are_drawn() -> None:

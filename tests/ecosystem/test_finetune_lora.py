@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,20 @@ def test_a_classifier_trains_its_head_too(tmp_path: Path) -> None:
     assert best.metrics["accuracy"] >= 0.95
     merged = monoblock.pipeline("text-classification", str(tmp_path / "merged"))
     assert merged("the quick fox")[0]["label"] == "LABEL_1"
+    adapted = monoblock.MPNetForSequenceClassification.from_pretrained(
+        model, num_labels=2, ignore_mismatched_sizes=True
+    )
+    adapted.load_adapter(tmp_path / "adapter")
+    whole = monoblock.MPNetForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(answer(adapted), answer(whole), atol=1e-3, rtol=0)
+
+
+def test_preferences_against_the_model_without_the_adapter(tmp_path: Path) -> None:
+    """The loss begins at log 2 and falls, though no second model is loaded."""
+    model = training_runs.folder(tmp_path / "model", "MistralForCausalLM")
+    rows = [{"prompt": "the fox ", "chosen": "quick.", "rejected": "lazy!"}] * 8
+    data = jsonl(tmp_path / "data.jsonl", rows)
+    result = run(model, data, tmp_path / "out", **LORA, task="preference", max_length=40, eval_data=data)
+    found = losses(tmp_path / "out")
+    assert found[0] == pytest.approx(math.log(2), abs=1e-5) and found[-1] < 0.6
+    assert result.metrics["accuracy"] == 1

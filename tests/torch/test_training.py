@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +291,144 @@ def test_the_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     exec(code.replace("max_steps=60", "max_steps=1, max_length=32"), {})
     assert monoblock.AutoModelForCausalLM.from_pretrained("my-model").config.n_layers == 4
+
+
+# ---------------------------------------------------------------------------- tokens, questions, masks
+
+STEADY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NAMES = ("köln", "fox", "dog")
+
+
+def tagged(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Words, and entities: a name, perhaps with "quick" before it."""
+    rows = []
+    for text in sentences(count, seed):
+        words = text.replace("jump", "köln").split()
+        tags = ["O"] * len(words)
+        for i, word in enumerate(words):
+            if word in NAMES:
+                begins = i == 0 or words[i - 1] != "quick"
+                tags[i] = "B-NAME" if begins else "I-NAME"
+                if not begins:
+                    tags[i - 1] = "B-NAME"
+        rows.append({"tokens": words, "tags": tags})
+    return rows
+
+
+def test_token_classification(tmp_path: Path) -> None:
+    model = training_runs.folder(tmp_path / "model", "MPNetForTokenClassification", **STEADY)
+    data = jsonl(tmp_path / "train.jsonl", tagged(200))
+    held = jsonl(tmp_path / "eval.jsonl", tagged(40, seed=1))
+    more = {"task": "token-classification", "eval_data": held, "epochs": 12, "learning_rate": 5e-3}
+    result = run(model, data, tmp_path / "out", batch_size=16, **more)
+    assert result.metrics["f1"] >= 0.9 and result.metrics["accuracy"] >= 0.95
+    find = monoblock.pipeline("token-classification", str(tmp_path / "out"), aggregation_strategy="simple")
+    assert [group["word"] for group in find("over the fox the lazy dog the")] == ["fox", "dog"]
+
+
+def questions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """The answer is the word after "the" of the context; without "the" there is none."""
+    rows = []
+    for text in sentences(count, seed):
+        words = text.split()
+        words = [*(w for w in words if w != "the"), "dog"]
+        at = 7 * len(rows) % len(words)
+        answers: dict[str, list[Any]] = {"text": [], "answer_start": []}
+        if len(rows) % 4:
+            before = " ".join([*words[:at], "the", ""])
+            answers = {"text": [words[at]], "answer_start": [len(before)]}
+            words.insert(at, "the")
+        rows.append({"question": "who?", "context": " ".join(words), "answers": answers})
+    return rows
+
+
+def test_question_answering_with_windows(tmp_path: Path) -> None:
+    """Contexts are longer than a row, so they have several windows."""
+    model = training_runs.folder(tmp_path / "model", "MPNetForQuestionAnswering", num_labels=2, **STEADY)
+    nested = {
+        "data": [
+            {
+                "paragraphs": [
+                    {
+                        "context": row["context"],
+                        "qas": [
+                            {
+                                "question": row["question"],
+                                "is_impossible": not row["answers"]["text"],
+                                "answers": [
+                                    {"text": text, "answer_start": start}
+                                    for text, start in zip(*row["answers"].values(), strict=True)
+                                ],
+                            }
+                        ],
+                    }
+                    for row in questions(300)
+                ]
+            }
+        ]
+    }
+    (tmp_path / "train.json").write_text(json.dumps(nested))
+    held = jsonl(tmp_path / "eval.jsonl", questions(40, seed=1))
+    settings = training_runs.options(
+        model,
+        tmp_path / "train.json",
+        tmp_path / "out",
+        task="qa",
+        eval_data=held,
+        epochs=10,
+        learning_rate=5e-3,
+        batch_size=32,
+        max_length=12,
+        doc_stride=3,
+    )
+    trainer = Trainer(settings)
+    result = trainer.train()
+    assert result.metrics["exact_match"] >= 0.9 and result.metrics["f1"] >= 0.9
+    examples = trainer.task.examples(trainer.records)
+    assert len(examples) > len({example.group for example in examples}) == 300
+    for example in examples:  # the tokens of each target are the answer's
+        start, end = example.target
+        if (start, end) != (0, 0):
+            offsets = example.notes["offsets"]
+            text = example.notes["context"][offsets[start, 0] : offsets[end, 1]]
+            assert text == example.notes["answers"][0]
+
+
+@pytest.mark.parametrize("whole_word", [False, True])
+def test_fill_mask(whole_word: bool, tmp_path: Path) -> None:
+    """In a text that repeats, each hidden word follows from its neighbours."""
+    model = training_runs.folder(tmp_path / "model", "MPNetForMaskedLM", **STEADY)
+    data = tmp_path / "data.txt"
+    data.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    more = {"task": "fill-mask", "whole_word": whole_word, "eval_fraction": 0.2, "epochs": 25}
+    settings = training_runs.options(model, data, tmp_path / "out", learning_rate=5e-3, **more)
+    trainer = Trainer(settings)
+    if not whole_word:
+        assert trainer.train().metrics["accuracy"] >= 0.8
+    else:
+        prepare(settings, trainer.task)
+    example = trainer.task.examples(trainer.records)[0]
+    drawn = [trainer.task.drawn(example, np.random.default_rng(i)) for i in range(300)]
+    labels = np.stack([one.rows[0].labels for one in drawn])
+    ids = np.stack([one.rows[0].ids for one in drawn])
+    chosen = labels != -100
+    assert not chosen[:, [0, -1]].any() and chosen.any(1).all()
+    assert 0.12 < chosen[:, 1:-1].mean() < 0.18
+    mask = trainer.task.tokenizer.mask_token_id
+    assert 0.75 < (ids == mask)[chosen].mean() < 0.85 and 0.07 < (ids == labels)[chosen].mean() < 0.13
+    assert (ids[~chosen] == np.broadcast_to(example.rows[0].ids, ids.shape)[~chosen]).all()
+    if whole_word:
+        pairs = np.diff(example.notes["words"]) == 0
+        assert pairs.any() and (chosen[:, 1:] == chosen[:, :-1])[:, pairs].all()
+
+
+def test_evaluate_is_the_trainers_evaluation(tmp_path: Path) -> None:
+    """The metrics of a saved model on the same data are those of the run."""
+    model = training_runs.folder(tmp_path / "model", "MPNetForSequenceClassification")
+    data = jsonl(tmp_path / "train.jsonl", labelled(80))
+    held = jsonl(tmp_path / "eval.jsonl", labelled(40, seed=1))
+    result = run(model, data, tmp_path / "out", task="classification", eval_data=held, epochs=2)
+    settings = monoblock.training.TrainingOptions(
+        model=str(tmp_path / "out"), data=str(held), task="classification", device="cpu"
+    )
+    assert monoblock.training.evaluate_file(settings) == pytest.approx(result.metrics, rel=1e-5)

@@ -20,6 +20,7 @@ COMMANDS = (
     "convert",
     "quantize",
     "finetune",
+    "evaluate",
     "serve",
     "batch",
     "bench",

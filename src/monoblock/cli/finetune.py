@@ -29,7 +29,7 @@ _ANNOTATED: Any = Annotated
 _PAUSE = 10.0  # seconds between lines of progress outside a terminal
 
 
-def _argument(name: str) -> tuple[str, Any, Any]:
+def argument(name: str) -> tuple[str, Any, Any]:
     """An option of the command line, which is None if it is not given."""
     kind = KINDS[name]
     flag = f"--{name.replace('_', '-')}"
@@ -48,7 +48,7 @@ def _argument(name: str) -> tuple[str, Any, Any]:
 if TYPE_CHECKING:
     Arguments = Any
 else:
-    Arguments = make_dataclass("Arguments", [_argument(name) for name in KINDS], frozen=True, kw_only=True)
+    Arguments = make_dataclass("Arguments", [argument(name) for name in KINDS], frozen=True, kw_only=True)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -139,4 +139,4 @@ def _described(progress: Progress) -> str:
     return f"loss {progress.loss:.4f}, {progress.tokens_per_second:,.0f} tokens/s, {left} left"
 
 
-__all__ = ["TrainingOptions", "app", "finetune"]
+__all__ = ["app", "argument", "finetune"]

@@ -41,9 +41,9 @@ class Framework:
         return importlib.import_module(f"monoblock.backends.{self.backend}.engine_adapter")
 
     @property
-    def learner(self) -> Any:
-        """The backend's module with the class `Learner`, which trains and evaluates a model."""
-        return importlib.import_module(f"monoblock.backends.{self.backend}.training.learner")
+    def learners(self) -> Any:
+        """The backend's classes that train and evaluate models, by the form of their loss."""
+        return importlib.import_module(f"monoblock.backends.{self.backend}.training.kinds").LEARNERS
 
     def missing(self) -> str | None:
         """The first of its packages that is not installed; None if all are installed."""

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from monoblock.training.options import TrainingOptions
-    from monoblock.training.trainer import Trainer, TrainingResult
+    from monoblock.training.trainer import Trainer, TrainingResult, evaluate_file
 
-_HOME = {"Trainer": "trainer", "TrainingOptions": "options", "TrainingResult": "trainer"}
+_HOME = {
+    "Trainer": "trainer",
+    "TrainingOptions": "options",
+    "TrainingResult": "trainer",
+    "evaluate_file": "trainer",
+}
 
-__all__ = ["Trainer", "TrainingOptions", "TrainingResult"]
+__all__ = ["Trainer", "TrainingOptions", "TrainingResult", "evaluate_file"]
 
 
 def __getattr__(name: str) -> Any:

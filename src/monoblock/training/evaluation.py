@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from monoblock.training.tasks.base import Evaluated, Example, Task
 
 
@@ -16,6 +18,11 @@ def evaluate(
     show: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """The mean loss of examples, and the task's metrics. Batches are of examples of similar length."""
+    # Random inputs are the same in each evaluation.
+    examples = [
+        task.drawn(example, np.random.default_rng([task.options.seed % 2**64, 2**33, i]))
+        for i, example in enumerate(examples)
+    ]
     order = sorted(range(len(examples)), key=lambda i: examples[i].tokens)
     found: dict[int, Evaluated] = {}
     total, count = 0.0, 0

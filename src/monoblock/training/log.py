@@ -40,8 +40,9 @@ class MetricsLog:
 
     def draw(self) -> None:
         """Write the picture of the losses so far."""
-        text = curves(self.lines)
-        write_atomically(self.folder / CURVES, lambda new: new.write_text(text, encoding="utf-8"))
+        new = self.folder / f".{CURVES}.new"
+        new.write_text(curves(self.lines), encoding="utf-8")
+        new.replace(self.folder / CURVES)  # not flushed to disk, which would take longer than drawing
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

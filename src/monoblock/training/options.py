@@ -14,7 +14,7 @@ from typing import Any
 from monoblock.field_types import brief
 from monoblock.seeds import checked_seed
 
-TASKS = ("lm", "chat", "classification")
+TASKS = ("lm", "chat", "classification", "token-classification", "qa", "fill-mask", "embedding", "preference")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 PROBLEMS = ("single-label", "multi-label", "regression")
@@ -87,6 +87,13 @@ class TrainingOptions:
         None, f"Tokens of a row at most; default: {MAX_LENGTH}, or fewer if the model has fewer.", least=2
     )
     packing: bool = _option(False, "Several texts in one row, without attention between them.")
+    doc_stride: int = _option(128, "Tokens by which windows of a long context overlap (qa).", least=0)
+    mask_probability: float = _option(
+        0.15, "Part of the tokens that are hidden (fill-mask).", above=0, most=1
+    )
+    whole_word: bool = _option(False, "Hide all tokens of a word together (fill-mask).")
+    similarity_scale: float = _option(20.0, "Factor of the similarities in the loss (embedding).", above=0)
+    dpo_beta: float = _option(0.1, "Strength of the tie to the reference (preference).", above=0)
     # The steps
     epochs: int | None = _option(None, f"Passes over the data; default: {EPOCHS}.", least=1)
     max_steps: int | None = _option(None, "Number of steps, instead of epochs.", least=1)
@@ -168,15 +175,15 @@ class TrainingOptions:
         if self.quantize is not None and (self.merge or self.dora):
             name = "merge" if self.merge else "dora"
             raise ValueError(f"{name} needs unquantised weights: drop it or quantize={self.quantize}")
-        if self.task != "classification":
-            for name in ("labels", "problem", "label_column"):
+        for name, tasks in OF_TASKS.items():
+            if self.task not in tasks:
                 self._refuse(name, f"has no effect with task={self.task}")
-        elif self.problem == "regression":
+        if self.problem == "regression":
             self._refuse("labels", "has no effect with problem=regression")
+        if self.task == "embedding":
+            self._refuse("lora_rank", "has no effect with task=embedding, which trains all weights")
         if self.packing and self.task not in ("lm", "chat"):
             raise ValueError(f"packing is for the tasks lm and chat, not for {self.task}")
-        if self.task != "chat":
-            self._refuse("chat_template", f"has no effect with task={self.task}")
 
     def _refuse(self, name: str, why: str) -> None:
         if getattr(self, name) != DEFAULTS[name]:
@@ -210,6 +217,44 @@ def help_of(name: str) -> str:
 KINDS: dict[str, Any] = typing.get_type_hints(TrainingOptions)
 RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in fields(TrainingOptions)}
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(TrainingOptions)}
+
+
+# Options of some tasks only.
+_LABELLED = ("classification", "token-classification")
+OF_TASKS: dict[str, tuple[str, ...]] = {
+    "text_column": ("lm", "fill-mask", *_LABELLED),
+    "labels": _LABELLED,
+    "label_column": _LABELLED,
+    "problem": ("classification",),
+    "chat_template": ("chat", "preference"),
+    "doc_stride": ("qa",),
+    "mask_probability": ("fill-mask",),
+    "whole_word": ("fill-mask",),
+    "similarity_scale": ("embedding",),
+    "dpo_beta": ("preference",),
+}
+
+# The options of an evaluation.
+EVALUATION = (
+    "model",
+    "task",
+    "data",
+    "text_column",
+    "label_column",
+    "problem",
+    "chat_template",
+    "max_length",
+    "doc_stride",
+    "mask_probability",
+    "whole_word",
+    "similarity_scale",
+    "batch_size",
+    "seed",
+    "dtype",
+    "device",
+    "revision",
+    "offline",
+)
 
 
 def check_names(values: Mapping[str, Any], what: str) -> None:

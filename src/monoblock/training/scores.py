@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import string
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -49,6 +53,59 @@ def ranks(x: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts + 1) / 2)[inverse]
+
+
+def spans(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> dict[str, float]:
+    """Accuracy of the tags of (predicted, right) sequences; and, if any tag begins with "B-" or "I-", precision, recall
+    and F1 of the entities, as conlleval counts them (Tjong Kim Sang, 2002)."""
+    right = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=True))
+    found = {"accuracy": right / max(1, sum(len(one) for one, _ in pairs))}
+    if not any(tag[:2] in ("B-", "I-") for _, other in pairs for tag in other):
+        return found
+    hits = predicted = targets = 0
+    for one, other in pairs:
+        own, wanted = set(entities(one)), set(entities(other))
+        hits, predicted, targets = hits + len(own & wanted), predicted + len(own), targets + len(wanted)
+    return {
+        **found,
+        "precision": hits / predicted if predicted else 0.0,
+        "recall": hits / targets if targets else 0.0,
+        "f1": _f1(hits, predicted, targets),
+    }
+
+
+def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """The kind, the first tag and the end of each entity of B- and I- tags. An I- tag after another kind begins one."""
+    found: list[tuple[str, int, int]] = []
+    kind, start = "", 0
+    for i, tag in enumerate([*tags, "O"]):
+        mark, _, own = tag.partition("-") if tag[:2] in ("B-", "I-") else ("O", "", "")
+        if kind and (mark != "I" or own != kind):
+            found.append((kind, start, i))
+            kind = ""
+        if mark != "O" and not kind:
+            kind, start = own, i
+    return found
+
+
+def answers(pairs: Sequence[tuple[str, Sequence[str]]]) -> dict[str, float]:
+    """Exact match and F1 of the words of (predicted, right answers), the best of the right ones; "" is no answer. As
+    SQuAD's evaluation normalises: lower case, without punctuation and English articles."""
+    exact = [max(_normalised(one) == _normalised(other) for other in right) for one, right in pairs]
+    f1 = [max(_overlap(_normalised(one), _normalised(other)) for other in right) for one, right in pairs]
+    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1))}
+
+
+def _normalised(text: str) -> list[str]:
+    letters = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [word for word in letters.split() if word not in ("a", "an", "the")]
+
+
+def _overlap(one: Sequence[str], other: Sequence[str]) -> float:
+    """F1 of two bags of words; of two empty ones 1."""
+    if not one or not other:
+        return float(one == other)
+    return _f1((Counter(one) & Counter(other)).total(), len(one), len(other))
 
 
 def _f1(right: int, predicted: int, targets: int) -> float:

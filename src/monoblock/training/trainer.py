@@ -248,7 +248,31 @@ def prepare(options: TrainingOptions, task: Task, *, adopt: bool = False) -> Pre
             raise ValueError(
                 "the tokenizer has neither a padding token nor an end token: classification needs one"
             )
-    return Prepared(base=base, fields=fields, learner=framework.learner.Learner)
+    return Prepared(base=base, fields=fields, learner=framework.learners[task.loss])
+
+
+def evaluate_file(
+    options: TrainingOptions, show: Callable[[int, int], None] | None = None
+) -> dict[str, float]:
+    """The loss and the metrics of a model on the options' data; labels are those of the model's config.
+    `show(done, examples)` is called after each batch. ValueError: an option or the data is wrong."""
+    if options.data is None:
+        raise ValueError("data is needed")
+    task = make_task(options)
+    if task.loss == "preferences":
+        raise ValueError(
+            "preferences are measured against the model before training: evaluate while training, with eval_data"
+        )
+    prepared = prepare(options, task, adopt=True)
+    records = task.read(options.data, train=False)
+    examples = task.examples(records)
+    if task.skipped:
+        log.warning("%d of %d records have nothing to evaluate and are skipped", task.skipped, len(records))
+    learner = prepared.learner(
+        task, options, prepared.fields, source=prepared.base, base=prepared.base, train=False
+    )
+    report = None if show is None else lambda done: show(done, len(examples))
+    return evaluate(learner, task, examples, options.batch_size, report)
 
 
 def _base_of(name: str, files: HubOptions) -> str:
@@ -412,4 +436,4 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, old[number] if old[number] is not None else signal.SIG_DFL)
 
 
-__all__ = ["FOLDER", "Prepared", "Progress", "Trainer", "TrainingResult", "prepare"]
+__all__ = ["FOLDER", "Prepared", "Progress", "Trainer", "TrainingResult", "evaluate_file", "prepare"]

@@ -10,6 +10,11 @@ from monoblock.training.tasks.base import Task
 _HOME = {
     "lm": ("monoblock.training.tasks.language", "LanguageTask"),
     "chat": ("monoblock.training.tasks.chat", "ConversationTask"),
+    "token-classification": ("monoblock.training.tasks.tokens", "TokenClassificationTask"),
+    "qa": ("monoblock.training.tasks.questions", "QuestionTask"),
+    "fill-mask": ("monoblock.training.tasks.masking", "FillMaskTask"),
+    "embedding": ("monoblock.training.tasks.pairs", "EmbeddingTask"),
+    "preference": ("monoblock.training.tasks.preference", "PreferenceTask"),
     "classification": ("monoblock.training.tasks.classification", "ClassificationTask"),
 }
 

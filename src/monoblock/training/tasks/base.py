@@ -62,7 +62,8 @@ class Task:
 
     name: ClassVar[str]
     auto: ClassVar[str]  # the class that selects the model's class
-    loss: ClassVar[str] = "labels"  # the form of the loss: the model's own, from labels
+    loss: ClassVar[str] = "labels"  # the form of the loss: "labels", "pairs" or "preferences"
+    targets: ClassVar[tuple[str, ...]] = ("labels",)  # the model's arguments for the target of a whole row
     outputs: ClassVar[str] = (
         ""  # what `metrics` needs of each example: "", "logits", "best" (index per token)
     )
@@ -99,9 +100,9 @@ class Task:
         return example
 
     def weight(self, example: Example) -> int:
-        """The number of losses that an example adds to the mean."""
-        labels = [row.labels for row in example.rows if row.labels is not None]
-        return sum(int((one != IGNORED).sum()) for one in labels) if labels else 1
+        """The number of losses that an example adds to the mean: its labels of tokens, else one."""
+        (row, *others) = example.rows
+        return 1 if others or row.labels is None else int((row.labels != IGNORED).sum())
 
     def metrics(self, results: Sequence[Evaluated], loss: float) -> dict[str, float]:
         """Metrics of evaluated examples; `loss`: their mean loss."""

@@ -12,8 +12,7 @@ from monoblock.field_types import brief
 from monoblock.training import scores
 from monoblock.training.data import Record, read_records
 from monoblock.training.tasks.base import Evaluated, Example, Task, TokenRow
-
-MAX_LABELS = 100_000
+from monoblock.training.tasks.labels import label_index, label_names
 
 _PROBLEM_TYPES = {
     "single-label": "single_label_classification",
@@ -53,14 +52,10 @@ class ClassificationTask(Task):
             return records
         found = [self._values(record) for record in records]
         if train and not self.names:
-            self.names = _names([value for values in found for value in values])
-            if len(self.names) < 2:
-                raise ValueError(
-                    f"{path}: classification needs at least two different labels, found {len(self.names)}"
-                )
+            self.names = label_names([value for values in found for value in values], path)
         for record, values in zip(records, found, strict=True):
             for value in values:
-                self._index(value, record)
+                label_index(self.names, value, record)
         return records
 
     def settings(self) -> dict[str, Any]:
@@ -106,7 +101,7 @@ class ClassificationTask(Task):
         if self.problem == "regression":
             numbers = self._numbers(record)
             return numbers if self.width > 1 else numbers[0]
-        indices = [self._index(value, record) for value in self._values(record)]
+        indices = [label_index(self.names, value, record) for value in self._values(record)]
         if self.problem == "single-label":
             return indices[0]
         return [float(i in indices) for i in range(len(self.names))]
@@ -129,16 +124,6 @@ class ClassificationTask(Task):
                 raise record.error(f"a label must be a name or an integer from 0, got {brief(one)}")
         return values
 
-    def _index(self, value: Any, record: Record) -> int:
-        """The number of a label."""
-        text = str(value)
-        if text in self.names:
-            return self.names.index(text)
-        if text.isdecimal() and int(text) < len(self.names):
-            return int(text)
-        known = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
-        raise record.error(f"the label {brief(value)} is none of the {len(self.names)} known ones ({known})")
-
     def _numbers(self, record: Record) -> list[float]:
         value = record.get(self._label)
         try:
@@ -148,15 +133,3 @@ class ClassificationTask(Task):
         if not numbers or not all(map(math.isfinite, numbers)):
             raise record.error(f"{self._label!r} must be a number or a list of numbers, got {brief(value)}")
         return numbers
-
-
-def _names(values: Sequence[Any]) -> list[str]:
-    """The names of the labels of training data: integers are themselves and count up from 0, names are sorted."""
-    numbers = [int(value) for value in values if isinstance(value, int) or value.isdecimal()]
-    if len(numbers) == len(values):
-        most = max(numbers, default=-1)
-        wrong = [number for number in numbers if not 0 <= number < MAX_LABELS]
-        if wrong:
-            raise ValueError(f"integer labels count up from 0 and are below {MAX_LABELS:,}, got {wrong[0]}")
-        return [f"LABEL_{i}" for i in range(most + 1)]
-    return sorted({str(value) for value in values})

@@ -44,7 +44,8 @@ class LanguageTask(Task):
         ]
         # Special tokens that the tokenizer adds before a text begin it; those after it give way to the end token.
         around = self.tokenizer.build_inputs_with_special_tokens(parts[0][:1])
-        before = around[: around.index(parts[0][0])] if parts[0] and parts[0][0] in around else []
+        special = [*self.tokenizer.get_special_tokens_mask(parts[0][:1]), 0]
+        before = around[: special.index(0)] if parts[0] else []
         end = self.tokenizer.eos_token_id
         after = [] if end is None else [end]
         return np.array([*before, *(i for part in parts for i in part), *after], dtype=np.int32)

@@ -47,6 +47,10 @@ def inputs(rows: Sequence[Sequence[TokenRow]], model: Any, pad: int) -> tuple[di
     return given, tensor(labels) if labelled else None
 
 
-def targets(units: Sequence[Sequence[Example]], device: torch.device) -> Tensor:
-    """The targets of whole rows: classes, or numbers."""
-    return torch.tensor([unit[0].target for unit in units], device=device)
+def targets(
+    units: Sequence[Sequence[Example]], names: Sequence[str], device: torch.device
+) -> dict[str, Tensor]:
+    """The targets of whole rows by the model's arguments: one, or a tuple of as many as there are names."""
+    values = [unit[0].target for unit in units]
+    columns = [values] if len(names) == 1 else zip(*values, strict=True)
+    return {name: torch.tensor(column, device=device) for name, column in zip(names, columns, strict=True)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import monoblock
 from monoblock.backends.pytorch.pipeline_adapter import found_device
@@ -21,7 +21,7 @@ from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.seeds import set_seed
 from monoblock.training.options import TrainingOptions
-from monoblock.training.tasks.base import Example, NotFinite, Task
+from monoblock.training.tasks.base import Example, NotFinite, Task, TokenRow
 
 _STATE = "training"  # the subfolder of a checkpoint with optimizer and random states
 _RANDOM = "random:"
@@ -61,14 +61,19 @@ class Learner:
 
     def _load(self, source: str, fields: Mapping[str, Any]) -> Any:
         auto = getattr(monoblock, self.task.auto)
-        options: dict[str, Any] = {"dtype": self.options.dtype, "local_files_only": self.options.offline}
+        options: dict[str, Any] = {"dtype": self.options.dtype, **self._where(source)}
         if fields:  # a head for other labels is initialised
             options["ignore_mismatched_sizes"] = True
-        if self.options.revision is not None and not Path(source).is_dir():
-            options["revision"] = self.options.revision
         if self.options.quantize is not None:
             options["quantization_config"] = self.options.quantize
         return auto.from_pretrained(source, **options, **fields).to(self.device)
+
+    def _where(self, source: str) -> dict[str, Any]:
+        """The options of the hub."""
+        found: dict[str, Any] = {"local_files_only": self.options.offline}
+        if self.options.revision is not None and not Path(source).is_dir():
+            found["revision"] = self.options.revision
+        return found
 
     def _prepare(self, adapter: str | None) -> None:
         """Choose what is trained."""
@@ -79,29 +84,31 @@ class Learner:
                 lora.add(model, options)
             else:
                 model.load_adapter(adapter, is_trainable=True)
-        names = [name for name, _ in model.named_parameters()]
+        parameters = self.parameters()
         for pattern in options.freeze:
-            if not (frozen := fnmatch.filter(names, pattern)):
+            if not (frozen := fnmatch.filter(parameters, pattern)):
                 raise ValueError(
-                    f"freeze: no parameter is named {pattern!r}; they are named like {names[0]!r}"
+                    f"freeze: no parameter is named {pattern!r}; they are named like {next(iter(parameters))!r}"
                 )
             for name in frozen:
-                model.get_parameter(name).requires_grad_(False)
-        if not any(p.requires_grad for p in model.parameters()):
+                parameters[name].requires_grad_(False)
+        if not any(p.requires_grad for p in parameters.values()):
             raise ValueError("freeze leaves no parameter to train")
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
-        self.optimizer = Optimizer(model, options)
+        self.optimizer = Optimizer(parameters, options)
         # Again, so that dropout does not depend on how many weights were initialised.
         set_seed(options.seed)
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters by name."""
+        return dict(self.model.named_parameters())
+
     def count(self) -> tuple[int, int]:
         """The numbers of parameters: trained, and all."""
-        return (
-            sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            self.model.num_parameters(),
-        )
+        trained = sum(p.numel() for p in self.parameters().values() if p.requires_grad)
+        return trained, max(trained, self.model.num_parameters())
 
     # ------------------------------------------------------------------ steps
 
@@ -115,13 +122,11 @@ class Learner:
             loss = self._loss(batch) / count
             value = float(loss.detach())
             if not math.isfinite(value):
-                self.model.zero_grad(set_to_none=True)
                 raise NotFinite(f"the loss is {value}", number)
             loss.backward()
             total += value
         norm = self.optimizer.gradient_norm()
         if not math.isfinite(norm):
-            self.model.zero_grad(set_to_none=True)
             raise NotFinite(f"the norm of the gradients is {norm}")
         self.optimizer.step(learning_rate)
         return total, norm
@@ -132,10 +137,13 @@ class Learner:
         if labels is not None:
             return losses.token_loss(self.model, given, labels, self.model.row.head == "causal")
         count = sum(self.task.weight(example) for unit in batch for example in unit)
-        return self.model(**given, labels=batches.targets(batch, self.device)).loss * count
+        return self.model(**given, **batches.targets(batch, self.task.targets, self.device)).loss * count
 
     def _inputs(self, batch: Units) -> tuple[dict[str, Any], Tensor | None]:
-        rows = [[row for example in unit for row in example.rows] for unit in batch]
+        return self._tensors([[row for example in unit for row in example.rows] for unit in batch])
+
+    def _tensors(self, rows: Sequence[Sequence[TokenRow]]) -> tuple[dict[str, Any], Tensor | None]:
+        """The model's arguments, and the labels of tokens."""
         given, labels = batches.inputs(rows, self.model, self.pad)
         if "use_cache" in self.model.row.forward.split():
             given["use_cache"] = False
@@ -153,12 +161,19 @@ class Learner:
 
     def _evaluated(self, batch: Units) -> tuple[float, list[Any]]:
         given, labels = self._inputs(batch)
-        if not self.task.outputs and labels is not None:
-            loss = losses.token_loss(self.model, given, labels, self.model.row.head == "causal")
-            return float(loss), [None] * len(batch)
-        out = self.model(**given, labels=batches.targets(batch, self.device))
-        count = sum(self.task.weight(example) for unit in batch for example in unit)
-        return float(out.loss) * count, list(_numpy(out.logits))
+        counts = [example.tokens for (example,) in batch]
+        if labels is not None:
+            causal = self.model.row.head == "causal"
+            if self.task.outputs != "best":
+                return float(losses.token_loss(self.model, given, labels, causal)), [None] * len(batch)
+            loss, best_bs = losses.token_predictions(self.model, given, labels)
+            return loss, [row[:n] for row, n in zip(best_bs.cpu().numpy(), counts, strict=True)]
+        out = self.model(**given, **batches.targets(batch, self.task.targets, self.device))
+        loss = float(out.loss) * sum(self.task.weight(example) for (example,) in batch)
+        if len(self.task.targets) == 1:
+            return loss, list(_numpy(out.logits))
+        spans = zip(_numpy(out.start_logits), _numpy(out.end_logits), counts, strict=True)
+        return loss, [(start[:n], end[:n]) for start, end, n in spans]
 
     # ------------------------------------------------------------------ files
 

@@ -31,6 +31,22 @@ def summed_cross_entropy(model: Any, hidden_nw: Tensor, labels_n: Tensor) -> Ten
     return _ChunkedLoss.apply(model, hidden_nw, labels_n, *parameters)  # pyright: ignore[reportReturnType]
 
 
+def token_predictions(model: Any, given: dict[str, Any], labels_bs: Tensor) -> tuple[float, Tensor]:
+    """The sum of the cross-entropies of tokens with a label, and the most probable class of each of these; -1 for
+    others."""
+    hidden_bsw = model.bare(**given, return_dict=True)[0]
+    labelled = labels_bs != IGNORED
+    hidden_nw, labels_n = hidden_bsw[labelled], labels_bs[labelled]
+    size, total, best = max(1, CHUNK // model.spec.vocab), 0.0, []
+    for start in range(0, len(hidden_nw), size):
+        logits_nv = heads.logits(model, hidden_nw[start : start + size]).float()
+        total += float(F.cross_entropy(logits_nv, labels_n[start : start + size], reduction="sum"))
+        best.append(logits_nv.argmax(-1))
+    found_bs = torch.full_like(labels_bs, -1)
+    found_bs[labelled] = torch.cat(best)
+    return total, found_bs
+
+
 def _head_parameters(model: Any) -> list[nn.Parameter]:
     """The trained parameters between the hidden states and the logits."""
     found: dict[int, nn.Parameter] = {}

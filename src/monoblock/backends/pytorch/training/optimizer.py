@@ -24,8 +24,8 @@ class Optimizer:
     """Steps of AdamW (Loshchilov and Hutter, arXiv 1711.05101). A step of a bfloat16 parameter updates its float32
     copy, since most steps are smaller than half a unit of bfloat16's last bit."""
 
-    def __init__(self, model: nn.Module, options: TrainingOptions) -> None:
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, parameters: Mapping[str, nn.Parameter], options: TrainingOptions) -> None:
+        self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.clip = options.max_grad_norm
         self.masters = {
             name: nn.Parameter(p.detach().float()) if p.dtype != torch.float32 else p

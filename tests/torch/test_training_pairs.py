@@ -1,0 +1,174 @@
+"""Fine-tuning on pairs of texts (sentence embeddings), and on preferences between answers."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training_runs
+import transformers
+from training_runs import jsonl, losses, metrics, run
+
+import monoblock
+import monoblock.training
+from monoblock.training import Trainer, TrainingOptions
+
+torch.set_num_threads(1)
+
+WORDS = {"the": "over", "quick": "lazy", "fox": "dog"}
+STEADY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts, and the same in other words."""
+    rng = random.Random(seed)
+    anchors = [rng.choices(list(WORDS), k=rng.randint(2, 6)) for _ in range(count)]
+    return [{"anchor": " ".join(a), "positive": " ".join(WORDS[word] for word in a)} for a in anchors]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return training_runs.folder(tmp_path_factory.mktemp("encoder"), "MPNetModel", **STEADY)
+
+
+def test_embeddings_of_pairs(encoder: Path, tmp_path: Path) -> None:
+    data, held = jsonl(tmp_path / "train.jsonl", pairs(200)), jsonl(tmp_path / "eval.jsonl", pairs(32, 1))
+    more = {"task": "embedding", "eval_data": held, "epochs": 10, "learning_rate": 3e-3, "batch_size": 16}
+    result = run(encoder, data, tmp_path / "out", **more, keep_best=True)
+    before = next(line for line in metrics(tmp_path / "out") if line["step"] == 0)
+    assert before["eval_accuracy"] < 0.6 and result.metrics["accuracy"] >= 0.8
+    trained = monoblock.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    one, other, far = trained.encode(["the quick fox", "over lazy dog", "over over over"])
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.9
+    assert one @ far / np.linalg.norm(one) / np.linalg.norm(far) < 0.8
+    settings = TrainingOptions(
+        model=str(tmp_path / "out"), task="embedding", data=str(held), device="cpu", batch_size=16
+    )
+    assert monoblock.training.evaluate_file(settings) == pytest.approx(result.metrics, rel=1e-5)
+
+
+def test_the_loss_of_pairs_and_negatives(encoder: Path, tmp_path: Path) -> None:
+    """The cross-entropy of scaled cosines over positives and negatives; equal positives are no negatives."""
+    rows = [
+        {"anchor": "the fox", "positive": "over dog", "negative": "lazy lazy"},
+        {"anchor": "fox", "positive": "dog", "negative": ["over", "the dog"]},
+        {"anchor": "quick", "positive": "dog"},
+    ]
+    data = jsonl(tmp_path / "data.jsonl", rows)
+    run(encoder, data, tmp_path / "out", task="embedding", max_steps=1, similarity_scale=7.0)
+    model = monoblock.SentenceTransformer(str(encoder), device="cpu")
+
+    def vectors(texts: list[str]) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.tensor(model.encode(texts)), dim=-1)
+
+    anchors = vectors([row["anchor"] for row in rows])
+    positives = [row["positive"] for row in rows]
+    scores = 7 * anchors @ vectors([*positives, "lazy lazy", "over", "the dog"]).T
+    scores[1, 2] = scores[2, 1] = -torch.inf
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(3))
+    assert losses(tmp_path / "out")[0] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_model_with_a_dense_module_resumes(encoder: Path, tmp_path: Path) -> None:
+    """All modules are trained, and the result is that of an unbroken run."""
+    from monoblock.embeddings import Dense, Pooling, Transformer
+
+    transformer = Transformer(encoder)
+    width = transformer.get_embedding_dimension()
+    model = monoblock.SentenceTransformer(
+        modules=[transformer, Pooling(width, "mean"), Dense(width, 8)], device="cpu"
+    )
+    model.save_pretrained(tmp_path / "model")
+    data = jsonl(tmp_path / "data.jsonl", pairs(32))
+    more = {"task": "embedding", "max_steps": 6, "save_every": 2}
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        if progress.step == 5:
+            raise Stop
+
+    run(tmp_path / "model", data, tmp_path / "whole", **more)
+    options = training_runs.options(tmp_path / "model", data, tmp_path / "broken", **more)
+    with pytest.raises(Stop):
+        Trainer(options).train(show=stop)
+    assert Trainer(options).train(resume=True).step == 6
+    found = [
+        dict(monoblock.SentenceTransformer(str(tmp_path / n)).named_parameters()) for n in ("whole", "broken")
+    ]
+    first = dict(model.named_parameters())
+    assert found[0].keys() == found[1].keys() == first.keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in first)
+    assert not torch.equal(first["2.linear.weight"].cpu(), found[0]["2.linear.weight"].cpu())
+
+
+# ---------------------------------------------------------------------------- preferences
+
+PREFERENCES = [
+    {"prompt": prompt, "chosen": "quick.", "rejected": "lazy dog!"}
+    for prompt in ("the fox ", "who? ", "over ")
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return training_runs.folder(tmp_path_factory.mktemp("model"), "MistralForCausalLM")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_preferences(chat: bool, model: Path, tmp_path: Path) -> None:
+    """The loss begins at log 2, the answers that are chosen win, and the margin is that of transformers' models."""
+    rows: list[dict[str, Any]] = PREFERENCES
+    if chat:
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        rows = [{k: [{"role": roles[k], "content": v}] for k, v in row.items()} for row in rows]
+    data = jsonl(tmp_path / "data.jsonl", rows * 4)
+    more = {"task": "preference", "eval_data": data, "max_steps": 20, "max_length": 60, "dpo_beta": 0.3}
+    settings = training_runs.options(model, data, tmp_path / "out", **more)
+    trainer = Trainer(settings)
+    result = trainer.train()
+    before = next(line for line in metrics(tmp_path / "out") if line["step"] == 0)
+    assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-5) and before[
+        "eval_margin"
+    ] == pytest.approx(0, abs=1e-4)
+    assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert result.metrics["accuracy"] == 1 and result.metrics["loss"] < 0.3
+    margins = []
+    for example in trainer.task.examples(trainer.records)[:3]:
+        found = []
+        for folder in (tmp_path / "out", model):
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            for row in example.rows:
+                ids = torch.tensor(row.ids[None].astype(np.int64))
+                with torch.no_grad():
+                    scores = theirs(ids).logits[0, :-1].log_softmax(-1)
+                labels = torch.tensor(row.labels)[1:]
+                own = labels != -100
+                found.append(float(scores[own].gather(1, labels[own][:, None]).sum()))
+        margins.append(0.3 * ((found[0] - found[2]) - (found[1] - found[3])))
+    assert sum(margins) / 3 == pytest.approx(result.metrics["margin"], abs=1e-3)
+
+
+def test_a_prompt_that_fills_the_row_is_skipped(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = {"prompt": "the quick brown fox jumps", "chosen": "a", "rejected": "b"}
+    data = jsonl(tmp_path / "data.jsonl", [*PREFERENCES, long])
+    run(model, data, tmp_path / "out", task="preference", max_steps=1, max_length=20)
+    assert "1 of 4 records have nothing to learn and are skipped" in caplog.text
+    with pytest.raises(
+        ValueError, match="no prompt leaves room for an answer in 20 tokens; raise max_length"
+    ):
+        run(
+            model,
+            jsonl(tmp_path / "long.jsonl", [long]),
+            tmp_path / "other",
+            task="preference",
+            max_length=20,
+        )
