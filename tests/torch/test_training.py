@@ -24,6 +24,7 @@ from monoblock.training.trainer import prepare
 torch.set_num_threads(1)
 
 STEPS = 50
+STEADY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 class InOrder(Sampler[int]):
@@ -48,8 +49,12 @@ def transformers_losses(model: Path, settings: Any, output: Path) -> list[float]
     rows = []
     for example in examples:
         (row,) = example.rows
-        labels = example.target if row.labels is None else row.labels.tolist()
-        rows.append({"input_ids": row.ids.tolist(), "labels": labels})
+        names = trainer.task.targets
+        if row.labels is not None:
+            found: dict[str, Any] = {"labels": row.labels.tolist()}
+        else:
+            found = dict(zip(names, example.target if len(names) > 1 else [example.target], strict=True))
+        rows.append({"input_ids": row.ids.tolist(), **found})
 
     def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in batch)
@@ -57,16 +62,14 @@ def transformers_losses(model: Path, settings: Any, output: Path) -> list[float]
         def padded(values: list[int], value: int) -> list[int]:
             return values + [value] * (longest - len(values))
 
-        ids = [padded(row["input_ids"], 3) for row in batch]
-        mask = [padded([1] * len(row["input_ids"]), 0) for row in batch]
-        labels = [
-            row["labels"] if isinstance(row["labels"], int) else padded(row["labels"], -100) for row in batch
-        ]
-        return {
-            "input_ids": torch.tensor(ids),
-            "attention_mask": torch.tensor(mask),
-            "labels": torch.tensor(labels),
+        found = {
+            "input_ids": [padded(row["input_ids"], trainer.task.tokenizer.pad_token_id) for row in batch],
+            "attention_mask": [padded([1] * len(row["input_ids"]), 0) for row in batch],
         }
+        for name in batch[0].keys() - {"input_ids"}:
+            values = [row[name] for row in batch]
+            found[name] = values if isinstance(values[0], int) else [padded(v, -100) for v in values]
+        return {name: torch.tensor(values) for name, values in found.items()}
 
     plan = Plan.of(settings, len(examples))
 
@@ -132,10 +135,20 @@ def labelled(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["MPNetForSequenceClassification", "MistralForSequenceClassification"])
 def test_classification_has_the_loss_curve_of_transformers(name: str, tmp_path: Path) -> None:
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if "MPNet" in name else {}
+    dropout = STEADY if "MPNet" in name else {}
     model = training_runs.folder(tmp_path / "model", name, num_labels=2, **dropout)
     data = jsonl(tmp_path / "data.jsonl", labelled(STEPS * 4))
     settings = training_runs.options(model, data, tmp_path / "out", max_steps=STEPS, task="classification")
+    Trainer(settings).train()
+    expected = transformers_losses(model, settings, tmp_path / "theirs")
+    np.testing.assert_allclose(losses(tmp_path / "out"), expected, atol=1e-4)
+
+
+def test_qa_has_the_loss_curve_of_transformers(tmp_path: Path) -> None:
+    model = training_runs.folder(tmp_path / "model", "MPNetForQuestionAnswering", num_labels=2, **STEADY)
+    data = jsonl(tmp_path / "data.jsonl", questions(STEPS * 4))
+    more = {"max_steps": STEPS, "task": "qa", "max_length": 20, "doc_stride": 3}
+    settings = training_runs.options(model, data, tmp_path / "out", **more)
     Trainer(settings).train()
     expected = transformers_losses(model, settings, tmp_path / "theirs")
     np.testing.assert_allclose(losses(tmp_path / "out"), expected, atol=1e-4)
@@ -295,7 +308,6 @@ def test_the_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 # ---------------------------------------------------------------------------- tokens, questions, masks
 
-STEADY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 NAMES = ("köln", "fox", "dog")
 
 

@@ -182,9 +182,31 @@ def test_weight_decay_spares_norms_and_biases(model: Path) -> None:
     table = monoblock.MPNetForMaskedLM(monoblock.MPNetConfig(hidden_size=12, num_attention_heads=2))
     biases = [name for name, p in table.named_parameters() if p.ndim > 1 and not decays(name, p)]
     assert biases == ["mpnet.encoder.relative_attention_bias.weight"]
+    before = {name: p.detach().clone() for name, p in tuned.named_parameters()}
     optimizer = Optimizer(dict(tuned.named_parameters()), TrainingOptions(weight_decay=0.3))
-    decayed = {id(p): g["weight_decay"] for g in optimizer.adamw.param_groups for p in g["params"]}
-    assert {name: decayed[id(p)] > 0 for name, p in tuned.named_parameters()} == groups
+    for parameter in tuned.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.1)  # without gradients, only the decay changes parameters
+    for name, parameter in tuned.named_parameters():
+        expected = before[name] * (1 - 0.1 * 0.3 * groups[name])
+        torch.testing.assert_close(parameter.detach(), expected, atol=1e-7, rtol=1e-6)
+
+
+def test_steps_are_those_of_adamw() -> None:
+    """Of torch.optim.AdamW, with parameters that have no gradient in some steps."""
+    torch.manual_seed(0)
+    ours, theirs = ({n: torch.nn.Parameter(torch.ones(3, 4)) for n in ("a", "b")} for _ in range(2))
+    optimizer = Optimizer(ours, TrainingOptions(weight_decay=0.1, learning_rate=0.1))
+    reference = torch.optim.AdamW(theirs.values(), lr=0.1, weight_decay=0.1)
+    for step in range(6):
+        for name in ours:
+            gradient = torch.randn(3, 4)
+            ours[name].grad = None if step % 2 and name == "b" else gradient.clone()
+            theirs[name].grad = None if step % 2 and name == "b" else gradient.clone()
+        optimizer.step(0.1)
+        reference.step()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-6)
 
 
 def test_frozen_parameters_do_not_change(model: Path, data: Path, tmp_path: Path) -> None:

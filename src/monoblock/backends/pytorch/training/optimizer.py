@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from monoblock.errors import CheckpointError
 from monoblock.training.options import TrainingOptions
 
-_STATES = ("step", "exp_avg", "exp_avg_sq")
+
+class Moments(NamedTuple):
+    """The state of a parameter: the number of its steps, and the means of its gradients and of their squares."""
+
+    step: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -26,45 +33,65 @@ class Optimizer:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], options: TrainingOptions) -> None:
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.clip = options.max_grad_norm
         self.masters = {
             name: nn.Parameter(p.detach().float()) if p.dtype != torch.float32 else p
             for name, p in self.parameters.items()
         }
-        groups = [
-            {
-                "params": [p for name, p in self.masters.items() if decays(name, p) is wanted],
-                "weight_decay": options.weight_decay if wanted else 0.0,
-            }
-            for wanted in (True, False)
-        ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=options.learning_rate,
-            betas=(options.mean_decay, options.square_decay),
-            eps=options.epsilon,
-            fused=all(p.device.type in ("cpu", "cuda") for p in self.masters.values()),
-        )
+        self.moments: dict[str, Moments] = {}
+        self.options = options
+        self.fused = all(p.device.type in ("cpu", "cuda") for p in self.masters.values())
 
     def gradient_norm(self) -> float:
         """The norm of all gradients, which are then clipped to `max_grad_norm`, unless it is 0."""
-        limit = self.clip or float("inf")
+        limit = self.options.max_grad_norm or float("inf")
         return float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
 
     def step(self, learning_rate: float) -> None:
         """Update the parameters, and delete the gradients."""
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        copied = {name: p for name, p in self.parameters.items() if self.masters[name] is not p}
-        for name, parameter in copied.items():
-            gradient = parameter.grad
-            self.masters[name].grad = None if gradient is None else gradient.float()
-            parameter.grad = None
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for name, parameter in copied.items():
-                parameter.copy_(self.masters[name])
+            for wanted in (True, False):
+                names = [
+                    name
+                    for name, p in self.parameters.items()
+                    if p.grad is not None and decays(name, p) is wanted
+                ]
+                if names:
+                    self._update(names, learning_rate, self.options.weight_decay if wanted else 0.0)
+            for name, parameter in self.parameters.items():
+                if parameter.grad is not None and self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+                parameter.grad = None
+
+    def _update(self, names: Sequence[str], learning_rate: float, weight_decay: float) -> None:
+        """The step of some parameters. The function instead of the class `torch.optim.AdamW`, whose constructor imports
+        PyTorch's compiler."""
+        for name in names:
+            if name not in self.moments:
+                like = self.masters[name]
+                self.moments[name] = Moments(
+                    torch.zeros((), device=like.device if self.fused else None),
+                    torch.zeros_like(like, requires_grad=False),
+                    torch.zeros_like(like, requires_grad=False),
+                )
+        found = [self.moments[name] for name in names]
+        gradients: list[Any] = [self.parameters[name].grad for name in names]
+        adamw(
+            [self.masters[name] for name in names],
+            [gradient.float() for gradient in gradients],
+            [moments.exp_avg for moments in found],
+            [moments.exp_avg_sq for moments in found],
+            [],
+            [moments.step for moments in found],
+            fused=self.fused,
+            foreach=False,
+            amsgrad=False,
+            beta1=self.options.mean_decay,
+            beta2=self.options.square_decay,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            eps=self.options.epsilon,
+            maximize=False,
+        )
 
     def state(self) -> dict[str, Tensor]:
         """The state by `parameter/state`; float32 copies are the state `master`."""
@@ -72,8 +99,8 @@ class Optimizer:
         for name, parameter in self.masters.items():
             if parameter is not self.parameters[name]:
                 found[f"{name}/master"] = parameter.detach()
-            for key, value in self.adamw.state.get(parameter, {}).items():
-                found[f"{name}/{key}"] = value
+            if name in self.moments:
+                found |= {f"{name}/{key}": value for key, value in self.moments[name]._asdict().items()}
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -81,7 +108,7 @@ class Optimizer:
         states: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, part = key.rpartition("/")
-            if name not in self.masters or part not in (*_STATES, "master"):
+            if name not in self.masters or part not in (*Moments._fields, "master"):
                 raise CheckpointError(
                     f"the checkpoint's optimizer has {key!r}, which this run does not train"
                 )
@@ -97,8 +124,15 @@ class Optimizer:
                 if (stored := parts.pop("master", None)) is not None:
                     master.copy_(stored)
                     self.parameters[name].copy_(master)
+                if parts and parts.keys() != set(Moments._fields):
+                    raise CheckpointError(f"the checkpoint's optimizer lacks a state of {name!r}")
                 if parts:
-                    self.adamw.state[master] = {key: value.to(master.device) for key, value in parts.items()}
+                    self.moments[name] = Moments(
+                        **{
+                            key: value.to(master.device if key != "step" or self.fused else "cpu")
+                            for key, value in parts.items()
+                        }
+                    )
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
