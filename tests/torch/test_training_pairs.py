@@ -12,6 +12,7 @@ import pytest
 import torch
 import training_runs
 import transformers
+from safetensors.torch import load_file
 from training_runs import jsonl, losses, metrics, run
 
 import monoblock
@@ -29,6 +30,25 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     anchors = [rng.choices(list(WORDS), k=rng.randint(2, 6)) for _ in range(count)]
     return [{"anchor": " ".join(a), "positive": " ".join(WORDS[word] for word in a)} for a in anchors]
+
+
+class Stop(Exception):
+    """Ends a run between two checkpoints."""
+
+
+def whole_and_broken(model: Path, data: Path, folder: Path, **more: Any) -> None:
+    """A run of six steps, and one that fails after five and is resumed after its checkpoint of four."""
+
+    def stop(progress: Any) -> None:
+        if progress.step == 5:
+            raise Stop
+
+    run(model, data, folder / "whole", **more)
+    options = training_runs.options(model, data, folder / "broken", **more)
+    with pytest.raises(Stop):
+        Trainer(options).train(show=stop)
+    assert Trainer(options).train(resume=True).step == 6
+    assert losses(folder / "whole") == losses(folder / "broken")
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +107,7 @@ def test_a_model_with_a_dense_module_resumes(encoder: Path, tmp_path: Path) -> N
     data = jsonl(tmp_path / "data.jsonl", pairs(32))
     more = {"task": "embedding", "max_steps": 6, "save_every": 2}
 
-    class Stop(Exception):
-        pass
-
-    def stop(progress: Any) -> None:
-        if progress.step == 5:
-            raise Stop
-
-    run(tmp_path / "model", data, tmp_path / "whole", **more)
-    options = training_runs.options(tmp_path / "model", data, tmp_path / "broken", **more)
-    with pytest.raises(Stop):
-        Trainer(options).train(show=stop)
-    assert Trainer(options).train(resume=True).step == 6
+    whole_and_broken(tmp_path / "model", data, tmp_path, **more)
     found = [
         dict(monoblock.SentenceTransformer(str(tmp_path / n)).named_parameters()) for n in ("whole", "broken")
     ]
@@ -172,3 +181,30 @@ def test_a_prompt_that_fills_the_row_is_skipped(
             task="preference",
             max_length=20,
         )
+
+
+# task -> class, rows of data, options
+RESUMED: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
+    "classification": (
+        "MPNetForSequenceClassification",
+        [{"text": row["anchor"], "label": i % 3} for i, row in enumerate(pairs(30))],
+        {},
+    ),
+    "fill-mask": (
+        "MPNetForMaskedLM",
+        [{"text": row["anchor"] + " dog"} for row in pairs(30)],
+        {"whole_word": True},
+    ),
+    "preference": ("GPTNeoForCausalLM", PREFERENCES * 8, {"max_length": 60}),
+}
+
+
+@pytest.mark.parametrize("task", RESUMED)
+def test_tasks_resume(task: str, tmp_path: Path) -> None:
+    """Over models with dropout: new heads, random masks and the reference are those of the unbroken run."""
+    name, rows, more = RESUMED[task]
+    model = training_runs.folder(tmp_path / "model", name)
+    data = jsonl(tmp_path / "data.jsonl", rows)
+    whole_and_broken(model, data, tmp_path, task=task, max_steps=6, save_every=2, **more)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
