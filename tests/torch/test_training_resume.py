@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,3 +226,32 @@ def test_options_that_do_not_change_the_losses(more: dict[str, Any], data: Path,
     for name, given in (("plain", {}), ("other", more)):
         Trainer(training_runs.options(model, data, tmp_path / name, **{"max_steps": 10, **given})).train()
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+
+
+def test_models_that_cannot_be_trained_whole_are_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    """Quantised weights, an adapter, and a tokenizer with more ids than the model."""
+    monoblock.AutoModelForCausalLM.from_pretrained(model, quantization_config="int8").save_pretrained(
+        tmp_path / "int8"
+    )
+    tokenizer = monoblock.AutoTokenizer.from_pretrained(model)
+    tokenizer.save_pretrained(tmp_path / "int8")
+    with pytest.raises(
+        ValueError, match=r"int8 are quantised, so that only an adapter can be trained: set lora_rank"
+    ):
+        Trainer(training_runs.options(tmp_path / "int8", data, tmp_path / "out")).train()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(model)})
+    )
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="adapter is an adapter: train from its base model"):
+        Trainer(training_runs.options(tmp_path / "adapter", data, tmp_path / "out")).train()
+    tokenizer.add_tokens(["quick"])
+    small = shutil.copytree(model, tmp_path / "small")
+    tokenizer.save_pretrained(small)
+    with pytest.raises(
+        ValueError, match=r"line \d+, token 0: the tokenizer gives the id 89, but the model has 89 ids"
+    ):
+        Trainer(training_runs.options(small, data, tmp_path / "out")).train()
+    assert not (tmp_path / "out").exists()

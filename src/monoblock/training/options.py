@@ -93,6 +93,11 @@ class TrainingOptions:
     )
     whole_word: bool = _option(False, "Hide all tokens of a word together (fill-mask).")
     similarity_scale: float = _option(20.0, "Factor of the similarities in the loss (embedding).", above=0)
+    chunk_size: int | None = _option(
+        None,
+        "Texts of a batch whose activations exist at a time, so that batches may be large (embedding).",
+        least=1,
+    )
     dpo_beta: float = _option(0.1, "Strength of the tie to the reference (preference).", above=0)
     # The steps
     epochs: int | None = _option(None, f"Passes over the data; default: {EPOCHS}.", least=1)
@@ -231,6 +236,7 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
     "mask_probability": ("fill-mask",),
     "whole_word": ("fill-mask",),
     "similarity_scale": ("embedding",),
+    "chunk_size": ("embedding",),
     "dpo_beta": ("preference",),
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from monoblock.auto import AutoConfig
+from monoblock.checkpoint.adapter_files import base_of, is_adapter
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.transaction import staged
 from monoblock.demo import path as demo_path
@@ -130,12 +131,12 @@ class Trainer:
                 f"{self.output} holds the checkpoints of another run: resume it, or choose another output"
             )
         prepared = prepare(options, task)
-        examples = task.examples(self.records)
+        examples = _examples(task, self.records, prepared)
         if task.skipped:
             log.warning(
                 "%d of %d records have nothing to learn and are skipped", task.skipped, len(self.records)
             )
-        examples, held = self._divided(examples)
+        examples, held = self._divided(examples, prepared)
         if options.packing:
             units = packed(examples, task.limit, options.seed)
         else:
@@ -182,10 +183,10 @@ class Trainer:
             interrupted=interrupted,
         )
 
-    def _divided(self, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    def _divided(self, examples: list[Example], prepared: Prepared) -> tuple[list[Example], list[Example]]:
         """The examples for training and for evaluation."""
         if self.eval_records:
-            return examples, self.task.examples(self.eval_records)
+            return examples, _examples(self.task, self.eval_records, prepared)
         if not self.options.eval_fraction:
             return examples, []
         groups = sorted({example.group for example in examples})
@@ -213,9 +214,10 @@ class Trainer:
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """What is known of a model before its weights are loaded: its folder or name, fields of its config to set, and the
-    backend's class `Learner`."""
+    number of its token ids, and the backend's class `Learner`."""
 
     base: str
+    vocab: int
     fields: dict[str, Any]
     learner: Any
 
@@ -230,8 +232,14 @@ def prepare(options: TrainingOptions, task: Task, *, adopt: bool = False) -> Pre
         hub["revision"] = options.revision
     files = HubOptions.pop(dict(hub))
     tokenizer: Any = AutoTokenizer.from_pretrained(base, **hub)
-    config = AutoConfig.from_pretrained(_base_of(base, files), **hub)
-    learned = config.to_spec().position(Learned)
+    adapter = is_adapter(base, files)
+    if adapter and not adopt:
+        raise ValueError(
+            f"{base} is an adapter: train from its base model, or from a model that it is merged with"
+        )
+    config = AutoConfig.from_pretrained(base_of(base, files) if adapter else base, **hub)
+    spec = config.to_spec()
+    learned = spec.position(Learned)
     most = math.inf if learned is None else learned.size - learned.offset
     limit = options.max_length or int(min(MAX_LENGTH, most, tokenizer.model_max_length or math.inf))
     if limit > most:
@@ -248,7 +256,7 @@ def prepare(options: TrainingOptions, task: Task, *, adopt: bool = False) -> Pre
             raise ValueError(
                 "the tokenizer has neither a padding token nor an end token: classification needs one"
             )
-    return Prepared(base=base, fields=fields, learner=framework.learners[task.loss])
+    return Prepared(base=base, vocab=spec.vocab, fields=fields, learner=framework.learners[task.loss])
 
 
 def evaluate_file(
@@ -265,7 +273,7 @@ def evaluate_file(
         )
     prepared = prepare(options, task, adopt=True)
     records = task.read(options.data, train=False)
-    examples = task.examples(records)
+    examples = _examples(task, records, prepared)
     if task.skipped:
         log.warning("%d of %d records have nothing to evaluate and are skipped", task.skipped, len(records))
     learner = prepared.learner(
@@ -275,10 +283,17 @@ def evaluate_file(
     return evaluate(learner, task, examples, options.batch_size, report)
 
 
-def _base_of(name: str, files: HubOptions) -> str:
-    from monoblock.checkpoint.adapter_files import base_of, is_adapter
-
-    return str(base_of(name, files)) if is_adapter(name, files) else name
+def _examples(task: Task, records: list[data.Record], prepared: Prepared) -> list[Example]:
+    """The examples of records; ValueError: one has a token id that the model does not have."""
+    found = task.examples(records)
+    for example in found:
+        for row in example.rows:
+            if int(row.ids.max()) >= prepared.vocab:
+                raise ValueError(
+                    f"{example.where}: the tokenizer gives the id {int(row.ids.max())}, but the model has "
+                    f"{prepared.vocab} ids: resize its embeddings, or use its own tokenizer"
+                )
+    return found
 
 
 class TrainingRun:

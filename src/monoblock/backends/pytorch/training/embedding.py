@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from monoblock.backends.pytorch.training import batches
 from monoblock.backends.pytorch.training.learner import Learner, Units
@@ -57,7 +58,15 @@ class EmbeddingLearner(Learner):
         return F.cross_entropy(scores_ac, own, reduction="sum"), scores_ac
 
     def _vectors(self, rows: Sequence[TokenRow]) -> Tensor:
-        """The vectors (texts, width) in float32."""
+        """The vectors (texts, width) in float32. With `chunk_size`, activations are computed again in the backward
+        pass, for as many texts at a time (cached gradients; Gao et al., arXiv 2101.06983)."""
+        size = self.options.chunk_size
+        if size is None or not torch.is_grad_enabled() or len(rows) <= size:
+            return self._encoded(rows)
+        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return torch.cat([checkpoint(self._encoded, chunk, use_reentrant=False) for chunk in chunks])
+
+    def _encoded(self, rows: Sequence[TokenRow]) -> Tensor:
         given, _ = batches.inputs([[row] for row in rows], self.model, self.pad)
         given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
         return self.encoder(given)["sentence_embedding"].float()

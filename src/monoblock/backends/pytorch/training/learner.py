@@ -92,6 +92,10 @@ class Learner:
                 )
             for name in frozen:
                 parameters[name].requires_grad_(False)
+        if options.lora_rank is None and model.quantization_config is not None:
+            raise ValueError(
+                f"the weights of {self.base} are quantised, so that only an adapter can be trained: set lora_rank"
+            )
         if not any(p.requires_grad for p in parameters.values()):
             raise ValueError("freeze leaves no parameter to train")
         if options.gradient_checkpointing:
