@@ -57,6 +57,9 @@ WRONG: dict[str, dict[str, Any]] = {
     "epochs and max_steps exclude each other": {"epochs": 1, "max_steps": 1},
     "early_stopping needs eval_data or eval_fraction": {"early_stopping": 2},
     "lora_alpha needs lora_rank": {"lora_alpha": 2},
+    "quantize must be one of int8, int4, got 'int2'": {"quantize": "int2", "lora_rank": 2},
+    "chunk_size has no effect with task=lm": {"chunk_size": 2},
+    "lora_rank has no effect with task=embedding": {"task": "embedding", "lora_rank": 2},
     "quantize needs lora_rank": {"quantize": "int4"},
     "merge needs unquantised weights: drop it or quantize=int8": {
         "quantize": "int8",

@@ -146,7 +146,7 @@ class TrainingOptions:
     dora: bool = _option(False, "Train also the matrices' magnitudes (DoRA).")
     merge: bool = _option(False, "Save the model with the adapter merged instead of the adapter.")
     quantize: str | None = _option(
-        None, "Weights under the adapter: int8 or int4 (QLoRA).", choices=(*QUANTIZED, None)
+        None, "Weights under the adapter: int8 or int4 (QLoRA).", choices=QUANTIZED
     )
     # The hub
     revision: str | None = _option(None, "Branch, tag or commit of a model on the hub.")
