@@ -115,7 +115,9 @@ def identity(model: str, hub: DownloadOptions) -> str:
     from monoblock.vectors.identity import model_fingerprint
 
     if hub.gguf_file is not None:
-        raise typer.BadParameter("--gguf-file is for language models: embedding models are folders or repositories")
+        raise typer.BadParameter(
+            "--gguf-file is for language models: embedding models are folders or repositories"
+        )
     name, where = hub_options(model, None, hub.revision, hub.token, hub.offline, OWNER)
     return model_fingerprint(name, where)
 
