@@ -247,13 +247,13 @@ def _components(tensor: GgufTensor, form: PackedForm, part: str) -> Iterator[tup
 
 def _scale_and_low(block: BlockForm, blocks: Array, wide: bool) -> tuple[Array, Array]:
     """Scale and low (blocks, groups); the low of a type with one zero is -zero * scale."""
-    scale, low = block.scales(blocks)
-    if wide:
-        scale = scale.astype(np.float32)
-    if low is not None:
-        return scale, low
-    assert block.zero is not None
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # of damaged files; what is not finite is refused
+        scale, low = block.scales(blocks)
+        if wide:
+            scale = scale.astype(np.float32)
+        if low is not None:
+            return scale, low
+        assert block.zero is not None
         return scale, scale * scale.dtype.type(-block.zero)
 
 
