@@ -8,7 +8,6 @@ were killed.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -49,8 +48,6 @@ def attempt(options: dict[str, Any], delay: float | None) -> bool:
 
 def main() -> None:
     options = json.loads(Path(sys.argv[1]).read_text())
-    if options["lora_rank"]:
-        importlib.import_module("peft")  # once, before the forks
     rng = random.Random(int(sys.argv[3]))
     killed = 0
     while killed < int(sys.argv[2]) and not attempt(options, rng.uniform(0.05, 0.8)):
