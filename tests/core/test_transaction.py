@@ -10,8 +10,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -346,14 +347,17 @@ def as_nobody(do: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def open_to_all(tmp_path: Path) -> None:
-    for path in (tmp_path, *tmp_path.parents):
-        if path.owner() == Path(tmp_path).owner() and path != Path("/"):
-            path.chmod(path.stat().st_mode | 0o055)
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Like `folder`, for other users. Not in pytest's folder, which each pytest that starts closes to them."""
+    with tempfile.TemporaryDirectory(prefix="monoblock-") as top:
+        Path(top).chmod(0o755)
+        (Path(top) / "parent").mkdir(mode=0o755)
+        yield Path(top) / "parent" / "model"
 
 
-def test_read_only_folder(folder: Path, tmp_path: Path) -> None:
-    open_to_all(tmp_path)
+def test_read_only_folder(open_folder: Path) -> None:
+    folder = open_folder
     save_cases.save(folder, 1)
     folder.chmod(0o555)
     folder.parent.chmod(0o555)
@@ -367,9 +371,9 @@ def test_read_only_folder(folder: Path, tmp_path: Path) -> None:
     assert not save_cases.leftovers(folder)
 
 
-def test_interrupted_save_in_a_read_only_folder(folder: Path, tmp_path: Path) -> None:
+def test_interrupted_save_in_a_read_only_folder(open_folder: Path) -> None:
     """A reader that cannot write reads the complete new model from the staged files."""
-    open_to_all(tmp_path)
+    folder = open_folder
     case = CASES["trainer, from shards"]
     case.prepare(folder)
     committed = kill_points.operations(lambda: case.do(folder)).index("os.chmod") + 2

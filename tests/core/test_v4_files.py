@@ -18,8 +18,7 @@ from v4_checkpoints import FLAX, FOLDER, NAMES, class_name
 
 from monoblock import families, tree
 from monoblock.auto import AutoConfig
-from monoblock.checkpoint import msgpack_save
-from monoblock.checkpoint import store as store_module
+from monoblock.checkpoint import mapped, msgpack_save
 from monoblock.checkpoint.array_adapters import DTYPE_NAMES, numpy_dtype
 from monoblock.checkpoint.hub import WeightFiles, find_weights
 from monoblock.checkpoint.msgpack import read_msgpack
@@ -239,7 +238,7 @@ def chunked(arrays: list[Any], shape: tuple[int, ...]) -> bytes:
 
 @pytest.mark.parametrize("slab", [2**26, 7])
 def test_chunked_arrays_are_read(slab: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_SLAB", slab)
+    monkeypatch.setattr(mapped, "_SLAB", slab)
     flat = np.arange(15, dtype=np.float32)
     raw = chunked([flat[:4], flat[4:8], flat[8:]], (5, 3))
     store = opened(written(tmp_path, table(wte=table(embedding=raw), head=table(kernel=raw))))
