@@ -21,6 +21,7 @@ import pytest
 from live_server import LiveServer, live
 from PIL import Image
 
+from monoblock.serving.engine.engine import Engine
 from monoblock.serving.engine.options import EngineOptions
 from monoblock.serving.engine.results import Delta, Usage
 from monoblock.serving.server.registry import ModelRegistry
@@ -38,6 +39,18 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not become true"
         time.sleep(0.02)
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 20 ms, so that a long request runs for 18 s at least: it cannot end before a busy machine looks."""
+    step = Engine.step
+
+    def slow(self: Engine) -> bool:
+        time.sleep(0.02)
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", slow)
 
 
 # ---------------------------------------------------------------------------- bodies
@@ -161,6 +174,7 @@ def test_cors(server: LiveServer) -> None:
 # ---------------------------------------------------------------------------- queues, time, clients that leave
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_full_queue_is_429_with_retry_after() -> None:
     with live(None, engine=SMALL) as running, contextlib.ExitStack() as stack:
         running.ok("/v1/completions", **{**PROMPT, "max_tokens": 1})
@@ -179,6 +193,7 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
         assert all(stream.status_code == 200 for stream in streams)
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_requests_in_flight_are_limited() -> None:
     with live(None, limits=Limits(in_flight=1)) as running:
         running.ok("/v1/completions", **{**PROMPT, "max_tokens": 1})
@@ -200,6 +215,7 @@ def leave(running: LiveServer, body: dict[str, Any], first: bool) -> None:
     connection.close()
 
 
+@pytest.mark.usefixtures("slow_steps")
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cancels_its_generation(stream: bool) -> None:
     with live(None, engine=SMALL) as running:
