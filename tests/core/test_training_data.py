@@ -141,9 +141,9 @@ BAD: list[tuple[str, str, dict[str, Any], str]] = [
     ("d.csv", "text,label\na,b,c", CLASSES, "line 2: expected 2 fields, found 3"),
     ("d.csv", "words,label\na,b", CLASSES, "there is no field 'text'; the record has 'words', 'label'"),
     ("d.json", '{"a": 1', CLASSES, "d.json: no JSON"),
-    ("d.parquet", "PAR1", CLASSES, "this task reads .jsonl, .json, .csv or .tsv files, not .parquet"),
+    ("d.xlsx", "PK", CLASSES, "this task reads .jsonl, .json, .csv, .tsv or .parquet files, not .xlsx"),
     ("d.txt", "  \n", {}, "d.txt is empty"),
-    ("d.txt", "text", {"text_column": "body"}, "text_column='body' is for JSONL and CSV files"),
+    ("d.txt", "text", {"text_column": "body"}, "text_column='body' is for JSONL, CSV and Parquet files"),
     ("d.jsonl", '{"messages": []}', CHAT, "'messages' must be a list of {role, content}"),
     ("d.jsonl", '{"messages": [{"role": "user"}]}', CHAT, "each message must have a 'role' and a 'content'"),
     (
@@ -283,6 +283,73 @@ def test_a_csv_file_has_quoted_fields(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text('\ufefftext,label\n"a, ""b""\nc",1\n')
     (record,) = read_records(str(tmp_path / "d.csv"))
     assert record.values == {"text": 'a, "b"\nc', "label": "1"} and record.where.endswith("d.csv, line 3")
+
+
+def test_a_parquet_file_has_nested_records(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows: list[dict[str, Any]] = [
+        {"text": "one", "messages": [{"role": "user", "content": "a"}], "label": 1},
+        {"text": "two", "messages": [], "label": None},
+        {"text": "three", "messages": None, "label": 3},
+    ]
+    path = tmp_path / "d.parquet"
+    parquet.write_table(arrow.Table.from_pylist(rows), path, row_group_size=2)
+    records = read_records(str(path))
+    assert [record.values for record in records] == rows
+    with pytest.raises(ValueError, match=r"d.parquet, row 2: there is no field 'label'"):
+        records[1].get("label")
+    assert [record.values for record in read_documents(str(path), None)] == [
+        {"text": r["text"]} for r in rows
+    ]
+    with pytest.raises(ValueError, match=r"d.parquet, row 1: 'label' must be a text, got 1"):
+        read_documents(str(path), "label")
+    with pytest.raises(
+        ValueError, match="expected one column 'body'; the file has 'text', 'messages', 'label'"
+    ):
+        read_documents(str(path), "body")
+    twice = arrow.Table.from_arrays([arrow.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(twice, path)
+    with pytest.raises(ValueError, match="a column is there twice"):
+        read_records(str(path))
+    parquet.write_table(arrow.table({"text": arrow.array([], arrow.string())}), path)
+    for read in (read_records, lambda path: read_documents(path, None)):
+        with pytest.raises(ValueError, match=r"d.parquet is empty"):
+            read(str(path))
+    broken = arrow.Array.from_buffers(
+        arrow.string(), 1, [None, arrow.py_buffer(b"\0\0\0\0\2\0\0\0"), arrow.py_buffer(b"\xff\xfe")]
+    )
+    parquet.write_table(arrow.table({"text": broken}), path)
+    with pytest.raises(ValueError, match=r"d.parquet: a text is not UTF-8"):
+        read_records(str(path))
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
+    """Files with wrong bytes are read, or refused with an error that names the file."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "d.parquet"
+    parquet.write_table(arrow.table({"text": ["a fox", "a dog"] * 20}), path)
+    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(150):
+        content = bytearray(whole)
+        for at in rng.integers(0, len(whole), 3):
+            content[at] = rng.integers(256)
+        path.write_bytes(content[: rng.integers(1, len(whole))] if rng.random() < 0.2 else content)
+        try:
+            read_records(str(path))
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            refused += 1
+    assert refused > 20
+
+
+def test_parquet_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monoblock.vectors.parquet.installed", lambda _: False)
+    (tmp_path / "d.parquet").write_bytes(b"PAR1")
+    for task in ("lm", "classification"):
+        with pytest.raises(ImportError, match=r'pip install "monoblock\[parquet\]"'):
+            Trainer(
+                TrainingOptions(task=task, data=str(tmp_path / "d.parquet"), output=str(tmp_path / "out"))
+            )
 
 
 # ---------------------------------------------------------------------------- order, packing, metrics

@@ -1,4 +1,4 @@
-"""Records of data files: objects of JSONL or JSON, rows of CSV, or texts; checked before a model is loaded."""
+"""Records of data files: JSON objects, rows of CSV or Parquet, or texts; checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from typing import Any, cast
 
 from monoblock.field_types import brief
 from monoblock.texts import check_characters, read_text
+from monoblock.vectors import parquet
 
 JSONL = (".jsonl", ".ndjson")
 CSV = (".csv", ".tsv")
+PARQUET = ".parquet"
 TEXTS = (".txt", ".md", ".text", ".rst", ".py", "")  # of a folder; a single file may have any other suffix
 
 _MAX_FIELD = 1 << 27  # characters of a CSV field
@@ -54,26 +56,32 @@ class Record:
 
 
 def read_records(path: str) -> list[Record]:
-    """The records of a .jsonl, .ndjson, .json, .csv or .tsv file. ValueError names the line of a wrong one."""
+    """The records of a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file. ValueError names the line or the row of a
+    wrong one. ImportError: Parquet is not installed."""
     file = _existing(path)
     suffix = file.suffix.lower()
     if file.is_dir():
-        raise ValueError(f"{path} is a folder: this task reads one file (.jsonl, .json, .csv or .tsv)")
+        raise ValueError(
+            f"{path} is a folder: this task reads one file (.jsonl, .json, .csv, .tsv or .parquet)"
+        )
     if suffix in JSONL:
         found = list(_jsonl(file))
     elif suffix in CSV:
         found = list(_csv(file))
     elif suffix == ".json":
         found = _json(file)
+    elif suffix == PARQUET:
+        found = [Record(f"{file}, row {i}", row) for i, row in enumerate(parquet.rows(file), 1)]
     else:
         raise ValueError(
-            f"{path}: this task reads .jsonl, .json, .csv or .tsv files, not {suffix or 'this one'}"
+            f"{path}: this task reads .jsonl, .json, .csv, .tsv or .parquet files, not {suffix or 'this one'}"
         )
     return _filled(found, path)
 
 
 def read_documents(path: str, column: str | None) -> list[Record]:
-    """Documents in the field `text`: a text file, the text files of a folder, or a column of a JSONL or CSV file."""
+    """Documents in the field `text`: a text file, the text files of a folder, or a column of a JSONL, CSV or Parquet
+    file."""
     file = _existing(path)
     if file.is_dir():
         files = [p for p in sorted(file.rglob("*")) if p.is_file() and p.suffix.lower() in TEXTS]
@@ -83,10 +91,17 @@ def read_documents(path: str, column: str | None) -> list[Record]:
     elif file.suffix.lower() in (*JSONL, *CSV, ".json"):
         name = column or "text"
         return [Record(record.where, {"text": record.text(name)}) for record in read_records(path)]
+    elif file.suffix.lower() == PARQUET:
+        name = column or "text"
+        rows = enumerate(parquet.texts(file, name), 1)  # without the other columns
+        records = [Record(f"{file}, row {i}", {name: value}) for i, value in rows]
+        return [Record(record.where, {"text": record.text(name)}) for record in _filled(records, path)]
     else:
         found = [Record(path, {"text": read_text(file)})]
     if column is not None:
-        raise ValueError(f"text_column={column!r} is for JSONL and CSV files; {path} is plain text: drop it")
+        raise ValueError(
+            f"text_column={column!r} is for JSONL, CSV and Parquet files; {path} is plain text: drop it"
+        )
     return _filled([record for record in found if record.values["text"].strip()], path)
 
 

@@ -52,6 +52,17 @@ def texts(path: str | Path, column: str) -> Iterator[object]:
             yield from batch.column(0).to_pylist()
 
 
+def rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows by the names of their columns, read in batches; lists and structs are lists and dicts. ValueError if two
+    columns have one name."""
+    with _opened(path) as file:
+        names = file.schema_arrow.names
+        if len(set(names)) != len(names):
+            raise ValueError(f"{path}: a column is there twice: {', '.join(map(repr, names))}")
+        for batch in file.iter_batches(batch_size=_ROWS):
+            yield from batch.to_pylist()
+
+
 def vectors(path: str | Path) -> Iterator[np.ndarray]:
     """Blocks of rows of the column "embedding", [rows, width] float32; ValueError for rows of unequal length."""
     with _opened(path) as file:
@@ -122,5 +133,9 @@ def _opened(path: str | Path) -> Iterator[Any]:
     try:
         with Path(path).open("rb") as raw, module.ParquetFile(raw) as file:
             yield file
-    except arrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is no valid Parquet file: {error}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: a text is not UTF-8") from None
+    except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of damaged content
+            raise
+        raise ValueError(f"{path} is no valid Parquet file: {' '.join(str(error).split())}") from None
