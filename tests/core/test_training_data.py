@@ -24,6 +24,7 @@ from monoblock.training.scores import (
     multi_label,
     ranks,
     regression,
+    retrieval,
     single_label,
     spans,
 )
@@ -56,6 +57,12 @@ WRONG: dict[str, dict[str, Any]] = {
     "seed must be an integer of 64 bits": {"seed": 2**64},
     "epochs and max_steps exclude each other": {"epochs": 1, "max_steps": 1},
     "early_stopping needs eval_data or eval_fraction": {"early_stopping": 2},
+    "best_metric needs keep_best or early_stopping": {"best_metric": "perplexity", "eval_fraction": 0.5},
+    "best_metric must be one of loss, perplexity with task=lm, got 'mrr'": {
+        "best_metric": "mrr",
+        "eval_fraction": 0.5,
+        "keep_best": True,
+    },
     "lora_alpha needs lora_rank": {"lora_alpha": 2},
     "quantize must be one of int8, int4, got 'int2'": {"quantize": "int2", "lora_rank": 2},
     "chunk_size has no effect with task=lm": {"chunk_size": 2},
@@ -209,6 +216,24 @@ BAD_ROWS: list[tuple[list[Any], dict[str, Any], str]] = [
         [{"anchor": "a", "positive": "b", "negative": [1]}] * 2,
         PAIRS,
         "'negative' must be a text or a list of texts",
+    ),
+    (
+        [{"anchor": "a", "positive": "b", "score": 1}, {"anchor": "a", "positive": "b"}],
+        PAIRS,
+        "line 2: some records of the file have a 'score', others have none",
+    ),
+    (
+        [{"anchor": "a", "positive": "b", "score": 4.5}] * 2,
+        PAIRS,
+        "'score' must be a number from -1 to 1, as cosines are, got 4.5: scale the scores",
+    ),
+    ([{"anchor": "a", "positive": "b", "score": "high"}] * 2, PAIRS, "'score' must be a number"),
+    ([{"anchor": "a", "positive": "b", "score": True}] * 2, PAIRS, "'score' must be a number"),
+    ([{"anchor": "a", "positive": "b", "negative": "c", "score": 0}] * 2, PAIRS, "has no 'negative'"),
+    (
+        [{"anchor": "a", "positive": "b", "score": 0}] * 2,
+        {**PAIRS, "similarity_scale": 2},
+        "similarity_scale has no effect on pairs with a score: drop it",
     ),
     ([{"prompt": "a", "chosen": "b", "rejected": "b"}], PREFERENCES, "are the same answer"),
     (
@@ -401,6 +426,25 @@ def test_metrics_of_entities_and_answers() -> None:
     assert spans([(["a"], ["b"])]) == {"accuracy": 0.0}
     pairs = [("The dog!", ["dog", "a cat"]), ("", [""]), ("dog", [""]), ("big dog", ["dog house"])]
     assert answers(pairs) == pytest.approx({"exact_match": 0.5, "f1": (1 + 1 + 0 + 0.5) / 4})
+
+
+def test_metrics_of_a_search() -> None:
+    """Against a sorted list; among equal similarities the relevant text is the last."""
+    rng = np.random.default_rng(0)
+    queries, texts = rng.normal(size=(40, 5)), rng.normal(size=(60, 5))
+    relevant = [rng.choice(60, size=rng.integers(1, 4), replace=False).tolist() for _ in queries]
+    parts: dict[str, list[float]] = {"recall@1": [], "recall@10": [], "mrr": []}
+    for query, own in zip(queries, relevant, strict=True):
+        order = sorted(range(60), key=lambda i: -(query @ texts[i]) / np.linalg.norm(texts[i]))
+        parts["recall@1"].append(len({*order[:1]} & {*own}) / len(own))
+        parts["recall@10"].append(len({*order[:10]} & {*own}) / len(own))
+        parts["mrr"].append(1 / (1 + min(order.index(i) for i in own)))
+    expected = {name: float(np.mean(values)) for name, values in parts.items()}
+    assert retrieval(queries, texts, relevant, block=7) == pytest.approx(expected)
+    same = np.ones((20, 3))
+    assert retrieval(same, same, [[i] for i in range(20)]) == pytest.approx(
+        {"recall@1": 0, "recall@10": 0, "mrr": 0.05}
+    )
 
 
 def test_curves_are_drawn() -> None:

@@ -71,9 +71,11 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_embeddings_of_pairs(encoder: Path, tmp_path: Path) -> None:
     data, held = jsonl(tmp_path / "train.jsonl", pairs(200)), jsonl(tmp_path / "eval.jsonl", pairs(32, 1))
     more = {"task": "embedding", "eval_data": held, "epochs": 10, "learning_rate": 3e-3, "batch_size": 16}
-    result = run(encoder, data, tmp_path / "out", **more, keep_best=True)
-    before = next(line for line in metrics(tmp_path / "out") if line["step"] == 0)
-    assert before["eval_accuracy"] < 0.6 and result.metrics["accuracy"] >= 0.8
+    result = run(encoder, data, tmp_path / "out", **more, keep_best=True, best_metric="mrr")
+    lines = [line for line in metrics(tmp_path / "out") if "eval_mrr" in line]
+    assert lines[0]["eval_accuracy"] < 0.6 and result.metrics["accuracy"] >= 0.8
+    assert lines[0]["eval_mrr"] < 0.7 < 0.85 < result.metrics["mrr"]
+    assert result.metrics["mrr"] == max(line["eval_mrr"] for line in lines)
     trained = monoblock.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     one, other, far = trained.encode(["the quick fox", "over lazy dog", "over over over"])
     assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.9
@@ -104,6 +106,67 @@ def test_the_loss_of_pairs_and_negatives(encoder: Path, tmp_path: Path) -> None:
     scores[1, 2] = scores[2, 1] = -torch.inf
     expected = torch.nn.functional.cross_entropy(scores, torch.arange(3))
     assert losses(tmp_path / "out")[0] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_the_search_of_evaluation_data(encoder: Path, tmp_path: Path) -> None:
+    """All positives and negatives are searched, whatever the batches; an anchor may have several positives."""
+    rows = [
+        {"anchor": "the fox", "positive": "over dog", "negative": "the lazy fox"},
+        {"anchor": "the fox", "positive": "lazy lazy", "negative": ["the fox", "quick fox"]},
+        {"anchor": "quick", "positive": "quick dog"},
+        {"anchor": "dog", "positive": "quick dog"},
+    ]
+    data = jsonl(tmp_path / "data.jsonl", rows)
+    settings = {"model": str(encoder), "task": "embedding", "data": str(data), "device": "cpu"}
+    found = monoblock.training.evaluate_file(TrainingOptions(**settings, batch_size=3))
+    model = monoblock.SentenceTransformer(str(encoder), device="cpu")
+    texts = ["over dog", "the lazy fox", "lazy lazy", "the fox", "quick fox", "quick dog"]
+    anchors = model.encode(["the fox", "quick", "dog"], normalize_embeddings=True)
+    similar = anchors @ model.encode(texts, normalize_embeddings=True).T
+    order = [[texts[i] for i in row.argsort()[::-1]] for row in similar]
+    ranks = [[order[0].index(t) + 1 for t in ("over dog", "lazy lazy")]]
+    ranks += [[order[i].index("quick dog") + 1] for i in (1, 2)]
+    assert found["mrr"] == pytest.approx(np.mean([1 / min(one) for one in ranks]))
+    assert found["recall@1"] == pytest.approx(np.mean([np.mean(np.array(one) == 1) for one in ranks]))
+    assert found["recall@10"] == 1
+
+
+def test_pairs_with_scores(encoder: Path, tmp_path: Path) -> None:
+    """The loss is the squared difference of cosine and score, and the cosines come to have the scores' order."""
+    rows = [{**one, "score": 1.0} for one in pairs(60)]
+    rows += [
+        {"anchor": one["anchor"], "positive": other["positive"], "score": -0.5}
+        for one, other in zip(pairs(60), pairs(60, 9), strict=True)
+    ]
+    data, held = jsonl(tmp_path / "train.jsonl", rows), jsonl(tmp_path / "eval.jsonl", rows[40:80])
+    more = {"task": "embedding", "eval_data": held, "epochs": 6, "learning_rate": 3e-3, "batch_size": 16}
+    result = run(encoder, data, tmp_path / "out", **more, keep_best=True, best_metric="spearman")
+    before = next(line for line in metrics(tmp_path / "out") if line["step"] == 0)
+    for folder, values in (
+        (encoder, {name: before[f"eval_{name}"] for name in ("loss", "spearman")}),
+        (tmp_path / "out", result.metrics),
+    ):
+        model = monoblock.SentenceTransformer(str(folder), device="cpu")
+        one, other = (
+            model.encode([row[name] for row in rows[40:80]], normalize_embeddings=True)
+            for name in ("anchor", "positive")
+        )
+        cosines, targets = (one * other).sum(-1), np.array([row["score"] for row in rows[40:80]])
+        ranks = [(x[:, None] > x).sum(-1) + (x[:, None] == x).sum(-1) / 2 for x in (cosines, targets)]
+        assert values["loss"] == pytest.approx(np.square(cosines - targets).mean(), rel=1e-4)
+        assert values["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-5)
+    assert set(result.metrics) == {"loss", "spearman"}
+    assert result.metrics["spearman"] > before["eval_spearman"] + 0.1 and result.metrics["loss"] < 0.3
+
+
+def test_the_metric_must_be_that_of_the_data(encoder: Path, tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "data.jsonl", pairs(8))
+    more = {"task": "embedding", "eval_fraction": 0.5, "keep_best": True, "best_metric": "spearman"}
+    with pytest.raises(
+        ValueError, match="best_metric=spearman: the evaluation of this data has loss, accuracy, recall@1"
+    ):
+        run(encoder, data, tmp_path / "out", **more)
+    assert not losses(tmp_path / "out")
 
 
 def test_a_model_with_a_dense_module_resumes(encoder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,20 @@ SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 PROBLEMS = ("single-label", "multi-label", "regression")
 QUANTIZED = ("int8", "int4")
+FALLING = ("loss", "perplexity", "mse")  # metrics that are better if lower
+
+# The metrics of each task beside the loss; some depend on the data.
+METRICS: dict[str, tuple[str, ...]] = {
+    "lm": ("perplexity",),
+    "chat": ("perplexity",),
+    "classification": ("accuracy", "f1"),
+    "token-classification": ("accuracy", "precision", "recall", "f1"),
+    "qa": ("exact_match", "f1"),
+    "fill-mask": ("perplexity", "accuracy"),
+    "embedding": ("accuracy", "recall@1", "recall@10", "mrr", "spearman"),
+    "preference": ("accuracy", "margin"),
+}
+_REGRESSION = ("mse", "pearson", "spearman")
 
 EPOCHS = 3  # without epochs and max_steps
 MAX_LENGTH = 512  # tokens, without max_length; fewer if the model has fewer positions
@@ -127,9 +141,12 @@ class TrainingOptions:
     # Evaluation and saving
     eval_every: int | None = _option(None, "Steps between evaluations; default: an epoch.", least=1)
     early_stopping: int | None = _option(
-        None, "Stop after this many evaluations without a better loss.", least=1
+        None, "Stop after this many evaluations without a better one.", least=1
     )
     keep_best: bool = _option(False, "Save the weights of the best evaluation instead of the last ones.")
+    best_metric: str = _option(
+        "loss", "Metric of the evaluation by which keep_best and early_stopping compare."
+    )
     save_every: int | None = _option(None, "Steps between checkpoints; default: an epoch.", least=1)
     keep: int = _option(1, "Number of checkpoints that are kept.", least=1)
     log_every: int = _option(1, "Steps between lines of metrics.jsonl.", least=1)
@@ -172,6 +189,13 @@ class TrainingOptions:
         if not self.evaluates:
             for name in ("eval_every", "early_stopping", "keep_best"):
                 self._refuse(name, "needs eval_data or eval_fraction")
+        if not self.keep_best and self.early_stopping is None:
+            self._refuse("best_metric", "needs keep_best or early_stopping")
+        known = ("loss", *(_REGRESSION if self.problem == "regression" else METRICS[self.task]))
+        if self.best_metric not in known:
+            raise ValueError(
+                f"best_metric must be one of {', '.join(known)} with task={self.task}, got {self.best_metric!r}"
+            )
         if self.lora_rank is None:
             for name in ("lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora", "merge", "quantize"):
                 self._refuse(name, "needs lora_rank")

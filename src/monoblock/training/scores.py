@@ -55,6 +55,36 @@ def ranks(x: np.ndarray) -> np.ndarray:
     return (last - (counts + 1) / 2)[inverse]
 
 
+def retrieval(
+    queries: np.ndarray, texts: np.ndarray, relevant: Sequence[Sequence[int]], block: int = 256
+) -> dict[str, float]:
+    """Search for the relevant texts of each query, all by cosine similarity: the mean part of them among the first 1
+    and 10 (recall@1, recall@10), and the mean of 1 / rank of the first one (mrr). `queries` (q, width), `texts`
+    (t, width); `relevant`: indices of texts for each query, at least one. Among equal similarities the relevant texts
+    come last, so that vectors that are all the same score low."""
+    queries, texts = unit(queries), unit(texts)
+    recall, first = {1: 0.0, 10: 0.0}, 0.0
+    for start in range(0, len(queries), block):
+        for found, own in zip(
+            queries[start : start + block] @ texts.T, relevant[start : start + block], strict=True
+        ):
+            best = np.sort(found[list(own)])[::-1]
+            others = np.delete(found, list(own))
+            rank = 1 + np.arange(len(best)) + (others >= best[:, None]).sum(-1)
+            first += 1 / rank[0]
+            for k in recall:
+                recall[k] += (rank <= k).mean()
+    return {
+        **{f"recall@{k}": float(x / len(queries)) for k, x in recall.items()},
+        "mrr": first / len(queries),
+    }
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Vectors (n, width) scaled to length 1; zeros stay."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
 def spans(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> dict[str, float]:
     """Accuracy of the tags of (predicted, right) sequences; and, if any tag begins with "B-" or "I-", precision, recall
     and F1 of the entities, as conlleval counts them (Tjong Kim Sang, 2002)."""

@@ -27,7 +27,7 @@ from monoblock.training import data
 from monoblock.training.checkpoints import FOLDER, Checkpoints, check_same
 from monoblock.training.evaluation import evaluate
 from monoblock.training.log import MetricsLog
-from monoblock.training.options import MAX_LENGTH, TrainingOptions, write_recipe
+from monoblock.training.options import FALLING, MAX_LENGTH, TrainingOptions, write_recipe
 from monoblock.training.packing import packed
 from monoblock.training.schedule import Plan, learning_rate
 from monoblock.training.tasks import make_task
@@ -407,9 +407,14 @@ class TrainingRun:
         self.metrics.write(
             {"step": state.step, **{f"eval_{name}": value for name, value in state.metrics.items()}}
         )
-        loss = state.metrics["loss"]
-        if state.best is None or loss < state.best:
-            state.best, state.best_metrics, state.worse = loss, state.metrics, 0
+        value = state.metrics.get(options.best_metric)
+        if value is None:
+            raise ValueError(
+                f"best_metric={options.best_metric}: the evaluation of this data has {', '.join(state.metrics)}"
+            )
+        sign = -1 if options.best_metric in FALLING else 1
+        if state.best is None or sign * value > sign * state.best:
+            state.best, state.best_metrics, state.worse = value, state.metrics, 0
             if options.keep_best:
                 self.checkpoints.write_best(self.learner.save)
         else:

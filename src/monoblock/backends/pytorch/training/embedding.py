@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from monoblock.backends.pytorch.training import batches
 from monoblock.backends.pytorch.training.learner import Learner, Units
 from monoblock.embeddings.model import SentenceTransformer
-from monoblock.training.tasks.base import TokenRow
+from monoblock.training.tasks.base import Example, TokenRow
 
 
 class EmbeddingLearner(Learner):
@@ -34,28 +35,53 @@ class EmbeddingLearner(Learner):
         return dict(self.encoder.named_parameters())
 
     def _loss(self, batch: Units) -> Tensor:
-        return self._scored(batch)[0]
+        examples = [unit[0] for unit in batch]
+        return self._summed(examples, *self._encodings(examples))
 
     def _evaluated(self, batch: Units) -> tuple[float, list[Any]]:
-        loss, scores_ac = self._scored(batch)
-        first = scores_ac.argmax(-1) == torch.arange(len(scores_ac), device=scores_ac.device)
-        return float(loss), first.tolist()
-
-    def _scored(self, batch: Units) -> tuple[Tensor, Tensor]:
-        """The sum of the cross-entropies of each anchor's positive among all positives and negatives of the batch
-        (Henderson et al., arXiv 1705.00652), and the scores (anchors, candidates)."""
+        """The outputs of each example: whether its positive is the nearest of the batch (None for pairs with scores),
+        and the vectors of its texts (texts, width)."""
         examples = [unit[0] for unit in batch]
+        anchors_aw, candidates_cw = self._encodings(examples)
+        loss = self._summed(examples, anchors_aw, candidates_cw)
+        first: list[bool | None] = [None] * len(examples)
+        if examples[0].target is None:
+            nearest = self._similarities(examples, anchors_aw, candidates_cw).argmax(-1).tolist()
+            first = [i == found for i, found in enumerate(nearest)]
+        anchors, candidates = anchors_aw.cpu().numpy(), candidates_cw.cpu().numpy()
+        outputs, end = [], len(examples)
+        for i, example in enumerate(examples):
+            start, end = end, end + len(example.rows) - 2
+            outputs.append((first[i], np.stack([anchors[i], candidates[i], *candidates[start:end]])))
+        return float(loss), outputs
+
+    def _encodings(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """The vectors of the anchors (a, width), and of the candidates (c, width): the positives in order, then all
+        negatives."""
         positives = [example.rows[1] for example in examples]
         candidates = [*positives, *(row for example in examples for row in example.rows[2:])]
-        anchors_aw = F.normalize(self._vectors([example.rows[0] for example in examples]), dim=-1)
-        candidates_cw = F.normalize(self._vectors(candidates), dim=-1)
+        return self._vectors([example.rows[0] for example in examples]), self._vectors(candidates)
+
+    def _summed(self, examples: Sequence[Example], anchors_aw: Tensor, candidates_cw: Tensor) -> Tensor:
+        """The sum of the losses. Of pairs with scores: the squared difference of cosine and score. Of others: the
+        cross-entropy of each anchor's positive among all positives and negatives of the batch (Henderson et al., arXiv
+        1705.00652)."""
+        if examples[0].target is not None:
+            targets_a = torch.tensor([e.target for e in examples], device=anchors_aw.device)
+            return (F.cosine_similarity(anchors_aw, candidates_cw) - targets_a).square().sum()
+        scores_ac = self._similarities(examples, anchors_aw, candidates_cw)
+        own = torch.arange(len(examples), device=scores_ac.device)
+        return F.cross_entropy(scores_ac, own, reduction="sum")
+
+    def _similarities(self, examples: Sequence[Example], anchors_aw: Tensor, candidates_cw: Tensor) -> Tensor:
+        """The scaled cosines (anchors, candidates)."""
+        anchors_aw, candidates_cw = F.normalize(anchors_aw, dim=-1), F.normalize(candidates_cw, dim=-1)
         scores_ac = self.options.similarity_scale * anchors_aw @ candidates_cw.T
         # A text that is an anchor's positive is no negative of it where it occurs again.
-        texts = [row.ids.tobytes() for row in candidates]
+        texts = [example.rows[1].ids.tobytes() for example in examples]
+        texts += [row.ids.tobytes() for example in examples for row in example.rows[2:]]
         again = [[j != i and text == texts[i] for j, text in enumerate(texts)] for i in range(len(examples))]
-        scores_ac = scores_ac.masked_fill(torch.tensor(again, device=scores_ac.device), -torch.inf)
-        own = torch.arange(len(examples), device=scores_ac.device)
-        return F.cross_entropy(scores_ac, own, reduction="sum"), scores_ac
+        return scores_ac.masked_fill(torch.tensor(again, device=scores_ac.device), -torch.inf)
 
     def _vectors(self, rows: Sequence[TokenRow]) -> Tensor:
         """The vectors (texts, width) in float32. With `chunk_size`, activations are computed again in the backward
