@@ -67,6 +67,15 @@ WRONG: dict[str, dict[str, Any]] = {
     "quantize must be one of int8, int4, got 'int2'": {"quantize": "int2", "lora_rank": 2},
     "chunk_size has no effect with task=lm": {"chunk_size": 2},
     "lora_rank has no effect with task=embedding": {"task": "embedding", "lora_rank": 2},
+    "matryoshka has no effect with task=lm": {"matryoshka": "8"},
+    "matryoshka must be different widths from 1, such as 64,128, got '8,x'": {
+        "matryoshka": "8,x",
+        "task": "embedding",
+    },
+    "matryoshka must be different widths from 1, such as 64,128, got '8, 8'": {
+        "matryoshka": "8, 8",
+        "task": "embedding",
+    },
     "quantize needs lora_rank": {"quantize": "int4"},
     "merge needs unquantised weights: drop it or quantize=int8": {
         "quantize": "int8",

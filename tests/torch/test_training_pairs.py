@@ -169,6 +169,51 @@ def test_the_metric_must_be_that_of_the_data(encoder: Path, tmp_path: Path) -> N
     assert not losses(tmp_path / "out")
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_matryoshka(scored: bool, encoder: Path, tmp_path: Path) -> None:
+    """The loss is the sum of those of the whole vectors and of their scaled beginnings; each is evaluated."""
+    rows = [{**row, "score": (-1) ** i / 2} if scored else row for i, row in enumerate(pairs(5, 4))]
+    data = jsonl(tmp_path / "data.jsonl", rows)
+    run(
+        encoder,
+        data,
+        tmp_path / "out",
+        task="embedding",
+        batch_size=5,
+        max_steps=1,
+        matryoshka="4,9",
+        eval_data=data,
+    )
+    model, expected = monoblock.SentenceTransformer(str(encoder), device="cpu"), 0.0
+    one, other = (torch.tensor(model.encode([row[name] for row in rows])) for name in ("anchor", "positive"))
+    for width in (4, 9, one.shape[1]):
+        a, b = (torch.nn.functional.normalize(x[:, :width], dim=-1) for x in (one, other))
+        if scored:
+            targets = torch.tensor([row["score"] for row in rows])
+            expected += float(((a * b).sum(-1) - targets).square().mean())
+        else:
+            expected += float(torch.nn.functional.cross_entropy(20 * a @ b.T, torch.arange(5)))
+    assert losses(tmp_path / "out")[0] == pytest.approx(expected, abs=2e-4)
+    before = metrics(tmp_path / "out")[0]
+    assert before["eval_loss"] == pytest.approx(expected, abs=2e-4)
+    names = {"spearman"} if scored else {"accuracy", "recall@1", "recall@10", "mrr"}
+    cut = {f"{'spearman' if scored else 'mrr'}_{width}" for width in (4, 9)}
+    assert {name.removeprefix("eval_") for name in before} == {"step", "loss"} | names | cut
+    if not scored:
+        narrow = (
+            torch.nn.functional.normalize(one[:, :4], dim=-1)
+            @ torch.nn.functional.normalize(other[:, :4], dim=-1).T
+        )
+        ranks = (narrow >= narrow.diag()[:, None]).sum(-1)
+        assert before["eval_mrr_4"] == pytest.approx(float((1 / ranks).mean()))
+
+
+def test_widths_must_be_those_of_the_model(encoder: Path, tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "data.jsonl", pairs(4))
+    with pytest.raises(ValueError, match=r"matryoshka=4,900: the vectors have .* give smaller widths"):
+        run(encoder, data, tmp_path / "out", task="embedding", matryoshka="4,900")
+
+
 def test_a_model_with_a_dense_module_resumes(encoder: Path, tmp_path: Path) -> None:
     """All modules are trained, and the result is that of an unbroken run."""
     from monoblock.embeddings import Dense, Pooling, Transformer

@@ -107,6 +107,10 @@ class TrainingOptions:
     )
     whole_word: bool = _option(False, "Hide all tokens of a word together (fill-mask).")
     similarity_scale: float = _option(20.0, "Factor of the similarities in the loss (embedding).", above=0)
+    matryoshka: str | None = _option(
+        None,
+        "Widths such as 64,128: the loss is the sum of those of the vectors cut off there and whole (embedding).",
+    )
     chunk_size: int | None = _option(
         None,
         "Texts of a batch whose activations exist at a time, so that batches may be large (embedding).",
@@ -192,6 +196,7 @@ class TrainingOptions:
         if not self.keep_best and self.early_stopping is None:
             self._refuse("best_metric", "needs keep_best or early_stopping")
         known = ("loss", *(_REGRESSION if self.problem == "regression" else METRICS[self.task]))
+        known += tuple(f"{name}_{width}" for name in ("mrr", "spearman") for width in self.widths)
         if self.best_metric not in known:
             raise ValueError(
                 f"best_metric must be one of {', '.join(known)} with task={self.task}, got {self.best_metric!r}"
@@ -209,6 +214,10 @@ class TrainingOptions:
                 self._refuse(name, f"has no effect with task={self.task}")
         if self.problem == "regression":
             self._refuse("labels", "has no effect with problem=regression")
+        if any(width < 1 for width in self.widths) or len(set(self.widths)) != len(self.widths):
+            raise ValueError(
+                f"matryoshka must be different widths from 1, such as 64,128, got {brief(self.matryoshka)}"
+            )
         if self.task == "embedding":
             self._refuse("lora_rank", "has no effect with task=embedding, which trains all weights")
         if self.packing and self.task not in ("lm", "chat"):
@@ -222,6 +231,14 @@ class TrainingOptions:
     def evaluates(self) -> bool:
         """Whether there is evaluation data."""
         return self.eval_data is not None or self.eval_fraction > 0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths of `matryoshka`; 0 for one that is no number."""
+        parts = () if self.matryoshka is None else self.matryoshka.split(",")
+        return tuple(
+            int(x) if x.isascii() and x.isdigit() and len(x) < 10 else 0 for x in map(str.strip, parts)
+        )
 
     def changed(self, values: Mapping[str, Any]) -> TrainingOptions:
         """These options with other values; ValueError for a name that is none."""
@@ -260,6 +277,7 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
     "mask_probability": ("fill-mask",),
     "whole_word": ("fill-mask",),
     "similarity_scale": ("embedding",),
+    "matryoshka": ("embedding",),
     "chunk_size": ("embedding",),
     "dpo_beta": ("preference",),
 }
@@ -278,6 +296,7 @@ EVALUATION = (
     "mask_probability",
     "whole_word",
     "similarity_scale",
+    "matryoshka",
     "batch_size",
     "seed",
     "dtype",

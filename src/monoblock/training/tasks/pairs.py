@@ -57,13 +57,24 @@ class EmbeddingTask(Task):
     def metrics(self, results: Sequence[Evaluated], loss: float) -> dict[str, float]:
         del loss
         examples = [result.example for result in results]
+        vectors = [result.outputs[1] for result in results]
         if examples[0].target is not None:
-            vectors = scores.unit(np.stack([result.outputs[1] for result in results]))
-            cosines = (vectors[:, 0] * vectors[:, 1]).sum(-1)
-            targets = np.array([example.target for example in examples])
-            return {"spearman": scores.correlation(scores.ranks(cosines), scores.ranks(targets))}
-        accuracy = float(np.mean([result.outputs[0] for result in results]))
-        return {"accuracy": accuracy, **_retrieval(examples, [result.outputs[1] for result in results])}
+            found = {"spearman": _rank_correlation(examples, vectors)}
+            for width in self.options.widths:
+                found[f"spearman_{width}"] = _rank_correlation(examples, [x[:, :width] for x in vectors])
+            return found
+        found = {"accuracy": float(np.mean([result.outputs[0] for result in results]))}
+        found |= _retrieval(examples, vectors)
+        for width in self.options.widths:
+            found[f"mrr_{width}"] = _retrieval(examples, [x[:, :width] for x in vectors])["mrr"]
+        return found
+
+
+def _rank_correlation(examples: Sequence[Example], vectors: Sequence[np.ndarray]) -> float:
+    """Spearman's correlation of the pairs' cosines and scores; `vectors`: of each pair, (2, width)."""
+    cosines = [float(one @ other) for one, other in map(scores.unit, vectors)]
+    targets = np.array([example.target for example in examples])
+    return scores.correlation(scores.ranks(np.array(cosines)), scores.ranks(targets))
 
 
 def _retrieval(examples: Sequence[Example], vectors: Sequence[np.ndarray]) -> dict[str, float]:

@@ -28,6 +28,12 @@ class EmbeddingLearner(Learner):
         self.encoder = SentenceTransformer(
             source, device=self.device, dtype=self.options.dtype, framework="pt", **self._where(source)
         )
+        wide = self.encoder.get_embedding_dimension()
+        for width in self.options.widths:
+            if wide is not None and width >= wide:
+                raise ValueError(
+                    f"matryoshka={self.options.matryoshka}: the vectors have {wide} values: give smaller widths"
+                )
         return self.encoder.transformers_model
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -63,9 +69,17 @@ class EmbeddingLearner(Learner):
         return self._vectors([example.rows[0] for example in examples]), self._vectors(candidates)
 
     def _summed(self, examples: Sequence[Example], anchors_aw: Tensor, candidates_cw: Tensor) -> Tensor:
-        """The sum of the losses. Of pairs with scores: the squared difference of cosine and score. Of others: the
-        cross-entropy of each anchor's positive among all positives and negatives of the batch (Henderson et al., arXiv
-        1705.00652)."""
+        """The sum of the losses of the whole vectors and of their beginnings of the widths of `matryoshka` (Kusupati et
+        al., arXiv 2205.13147)."""
+        total = self._compared(examples, anchors_aw, candidates_cw)
+        for width in self.options.widths:
+            total = total + self._compared(examples, anchors_aw[:, :width], candidates_cw[:, :width])
+        return total
+
+    def _compared(self, examples: Sequence[Example], anchors_aw: Tensor, candidates_cw: Tensor) -> Tensor:
+        """The sum of the examples' losses. Of pairs with scores: the squared difference of cosine and score. Of others:
+        the cross-entropy of each anchor's positive among all positives and negatives of the batch (Henderson et al.,
+        arXiv 1705.00652)."""
         if examples[0].target is not None:
             targets_a = torch.tensor([e.target for e in examples], device=anchors_aw.device)
             return (F.cosine_similarity(anchors_aw, candidates_cw) - targets_a).square().sum()
