@@ -38,7 +38,8 @@ def test_a_text_file_becomes_a_model(data: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"data: {data}\nmax_steps: 9\nlearning_rate: 0.001\neval_fraction: 0.2\n")
     output = tmp_path / "out"
-    result = run("--recipe", recipe, "--output", output, "--max-steps", "3", *FAST)
+    samples = ("--sample-prompt", "def add", "--sample-prompt", "return", "--sample-tokens", "2")
+    result = run("--recipe", recipe, "--output", output, "--max-steps", "3", *samples, *FAST)
     assert result.returncode == 0, result.stderr
     title, *rows = result.stdout.splitlines()
     found = dict(row.split(": ") for row in rows)
@@ -48,6 +49,8 @@ def test_a_text_file_becomes_a_model(data: Path, tmp_path: Path) -> None:
     assert {"model.safetensors", "tokenizer.json", "recipe.yaml", "metrics.jsonl", "curves.svg"} <= {
         path.name for path in output.iterdir()
     }
+    assert "step 0, 'def add': '" in result.stderr and "step 3, 'return': '" in result.stderr
+    assert len((output / "samples.jsonl").read_text().splitlines()) == 4
     assert "evaluation loss" in (output / "curves.svg").read_text()
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]

@@ -76,6 +76,14 @@ WRONG: dict[str, dict[str, Any]] = {
         "matryoshka": "8, 8",
         "task": "embedding",
     },
+    "sample_prompt has no effect with task=qa": {
+        "task": "qa",
+        "sample_prompt": ["a"],
+        "eval_fraction": 0.5,
+    },
+    "sample_prompt needs eval_data or eval_fraction": {"sample_prompt": ["a"]},
+    "sample_prompt must be a text, got an empty one": {"sample_prompt": [" "], "eval_fraction": 0.5},
+    "sample_tokens needs sample_prompt": {"sample_tokens": 3},
     "quantize needs lora_rank": {"quantize": "int4"},
     "merge needs unquantised weights: drop it or quantize=int8": {
         "quantize": "int8",

@@ -12,6 +12,7 @@ import torch
 import training_runs
 import transformers
 from documents import DOCS, blocks
+from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from training_runs import jsonl, losses, run, sentences
 
@@ -278,6 +279,72 @@ def test_chat_answers(template: str | None, tmp_path: Path) -> None:
     ids = loaded.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     found = tuned.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
     assert loaded.decode(found, skip_special_tokens=True).startswith("lazy!")
+
+
+@pytest.mark.parametrize("task", ["lm", "chat"])
+def test_samples(task: str, tmp_path: Path) -> None:
+    """They are what the saved model generates, and change neither the losses nor the weights. A resumed run has each
+    once."""
+    model = training_runs.folder(tmp_path / "model", "MistralForCausalLM")
+    rows = CHATS if task == "chat" else [{"text": text} for text in sentences(12)]
+    data = jsonl(tmp_path / "data.jsonl", rows * 2)
+    prompts = ["the dog", "the quick"]
+    more: dict[str, Any] = {
+        "task": task,
+        "eval_data": data,
+        "max_steps": 4,
+        "eval_every": 1,
+        "max_length": 48,
+    }
+    run(model, data, tmp_path / "plain", **more)
+    settings = training_runs.options(
+        model, data, tmp_path / "out", **more, sample_prompt=prompts, sample_tokens=5, save_every=2
+    )
+    shown: list[Any] = []
+
+    def stop(progress: Any) -> None:
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(settings).train(show=stop, show_sample=shown.append)
+    shown = [sample for sample in shown if sample.step <= 2]
+    Trainer(settings).train(resume=True, show_sample=shown.append)
+    assert losses(tmp_path / "out") == losses(tmp_path / "plain")
+    for name, weight in load_file(tmp_path / "plain" / "model.safetensors").items():
+        assert torch.equal(weight, load_file(tmp_path / "out" / "model.safetensors")[name])
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert lines == [vars(sample) for sample in shown]
+    assert [(line["step"], line["prompt"]) for line in lines] == [(s, p) for s in range(5) for p in prompts]
+    tuned = monoblock.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = monoblock.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for line in lines[-2:]:
+        if task == "chat":
+            chat = [{"role": "user", "content": line["prompt"]}]
+            ids = loaded.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")[
+                "input_ids"
+            ]
+        else:
+            ids = loaded(line["prompt"], return_tensors="pt")["input_ids"]
+        found = tuned.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        assert line["text"] == loaded.decode(found, skip_special_tokens=True)
+
+
+def test_a_prompt_must_fit_the_positions(tmp_path: Path) -> None:
+    model = training_runs.folder(tmp_path / "model", "GPTNeoForCausalLM")
+    data = jsonl(tmp_path / "data.jsonl", [{"text": text} for text in sentences(8)])
+    with pytest.raises(
+        ValueError, match=r"sample_prompt 'the dog' has .* tokens, with sample_tokens .* positions"
+    ):
+        run(
+            model,
+            data,
+            tmp_path / "out",
+            max_length=16,
+            eval_data=data,
+            sample_prompt=["the dog"],
+            sample_tokens=10_000,
+        )
 
 
 def test_schedules_are_those_of_transformers() -> None:

@@ -18,7 +18,7 @@ from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.training.options import KINDS, TrainingOptions, help_of, read_recipe, write_recipe
 
 if TYPE_CHECKING:
-    from monoblock.training.trainer import Progress
+    from monoblock.training.trainer import Progress, Sample
 
 app = sub_app()
 
@@ -88,7 +88,7 @@ def finetune(
     trainer = Trainer(options)
     console.note("loading ...")
     with _progress() as show:
-        result = trainer.train(resume=resume, show=show)
+        result = trainer.train(resume=resume, show=show, show_sample=_show_sample)
     if result.interrupted is not None:
         console.note(
             f"interrupted: a checkpoint of step {result.step} is in {result.output}; --resume continues there"
@@ -98,6 +98,10 @@ def finetune(
     pairs = [("steps", f"{result.step:,}{early}"), ("loss", f"{result.loss:.4f}")]
     pairs += [(f"evaluation {name}", f"{value:.4f}") for name, value in result.metrics.items()]
     console.rows(str(result.output), pairs)
+
+
+def _show_sample(sample: Sample) -> None:
+    console.note(f"step {sample.step:,}, {sample.prompt!r}: {sample.text!r}")
 
 
 @contextmanager

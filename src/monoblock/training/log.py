@@ -1,4 +1,4 @@
-"""The files of a run's metrics: metrics.jsonl, and a picture of the losses (SVG)."""
+"""The files of a run's metrics and samples: metrics.jsonl, a picture of the losses (SVG), samples.jsonl."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from monoblock.checkpoint.transaction import write_atomically
 
-METRICS, CURVES = "metrics.jsonl", "curves.svg"
+METRICS, CURVES, SAMPLES = "metrics.jsonl", "curves.svg", "samples.jsonl"
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 320, 56, 40, 28, 16
 _COLOURS = {"loss": "#4269d0", "eval_loss": "#ff725c"}
@@ -19,14 +19,14 @@ _POINTS = 400  # of a curve
 
 
 class MetricsLog:
-    """metrics.jsonl: one object per line, each with its `step`."""
+    """metrics.jsonl, or another file of that form: one object per line, each with its `step`."""
 
-    def __init__(self, folder: Path, *, until: int) -> None:
+    def __init__(self, folder: Path, *, until: int, name: str = METRICS) -> None:
         """Continue a file, without its lines after step `until`."""
-        self.folder = folder
+        self.folder, self.name = folder, name
         self.lines: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS
+        path = folder / name
         if until and path.exists():
             self.lines = [line for line in _read(path) if line["step"] <= until]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
@@ -35,7 +35,7 @@ class MetricsLog:
     def write(self, line: dict[str, Any]) -> None:
         """Append a line."""
         self.lines.append(line)
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+        with (self.folder / self.name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def draw(self) -> None:

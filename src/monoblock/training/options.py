@@ -151,6 +151,10 @@ class TrainingOptions:
     best_metric: str = _option(
         "loss", "Metric of the evaluation by which keep_best and early_stopping compare."
     )
+    sample_prompt: tuple[str, ...] = _option(
+        (), "Text that the model continues, or answers (chat), at each evaluation, into samples.jsonl."
+    )
+    sample_tokens: int = _option(64, "Tokens of a sample at most.", least=1)
     save_every: int | None = _option(None, "Steps between checkpoints; default: an epoch.", least=1)
     keep: int = _option(1, "Number of checkpoints that are kept.", least=1)
     log_every: int = _option(1, "Steps between lines of metrics.jsonl.", least=1)
@@ -191,8 +195,12 @@ class TrainingOptions:
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError("eval_data and eval_fraction exclude each other: give one")
         if not self.evaluates:
-            for name in ("eval_every", "early_stopping", "keep_best"):
+            for name in ("eval_every", "early_stopping", "keep_best", "sample_prompt"):
                 self._refuse(name, "needs eval_data or eval_fraction")
+        if not self.sample_prompt:
+            self._refuse("sample_tokens", "needs sample_prompt")
+        if not all(text.strip() for text in self.sample_prompt):
+            raise ValueError("sample_prompt must be a text, got an empty one")
         if not self.keep_best and self.early_stopping is None:
             self._refuse("best_metric", "needs keep_best or early_stopping")
         known = ("loss", *(_REGRESSION if self.problem == "regression" else METRICS[self.task]))
@@ -273,6 +281,7 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
     "label_column": _LABELLED,
     "problem": ("classification",),
     "chat_template": ("chat", "preference"),
+    "sample_prompt": ("lm", "chat"),
     "doc_stride": ("qa",),
     "mask_probability": ("fill-mask",),
     "whole_word": ("fill-mask",),

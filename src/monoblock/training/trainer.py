@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import signal
@@ -20,13 +21,14 @@ from monoblock.checkpoint.adapter_files import base_of, is_adapter
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.transaction import staged
 from monoblock.demo import path as demo_path
+from monoblock.field_types import brief
 from monoblock.pipelines import frameworks
 from monoblock.spec import Learned
 from monoblock.tokenization.auto import AutoTokenizer
 from monoblock.training import data
 from monoblock.training.checkpoints import FOLDER, Checkpoints, check_same
 from monoblock.training.evaluation import evaluate
-from monoblock.training.log import MetricsLog
+from monoblock.training.log import SAMPLES, MetricsLog
 from monoblock.training.options import FALLING, MAX_LENGTH, TrainingOptions, write_recipe
 from monoblock.training.packing import packed
 from monoblock.training.schedule import Plan, learning_rate
@@ -44,6 +46,8 @@ FREE = (
     "save_every",
     "keep",
     "log_every",
+    "sample_prompt",
+    "sample_tokens",
     "merge",
     "device",
     "offline",
@@ -61,6 +65,15 @@ class Progress:
     loss: float
     tokens_per_second: float
     seconds_left: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What the model continues a prompt with after a step, or answers to it (chat)."""
+
+    step: int
+    prompt: str
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +132,16 @@ class Trainer:
         self.checkpoints = Checkpoints(self.output, options.keep)
 
     def train(
-        self, *, resume: bool = False, show: Callable[[Progress], None] | None = None
+        self,
+        *,
+        resume: bool = False,
+        show: Callable[[Progress], None] | None = None,
+        show_sample: Callable[[Sample], None] | None = None,
     ) -> TrainingResult:
         """Train, evaluate and save. `resume`: continue after the last checkpoint of the output, if there is one; the
         weights are then those of a run that was not interrupted, bit for bit on the same machine. `show` is called
-        after each step. SIGINT and SIGTERM end the run after the step, with a checkpoint."""
+        after each step, `show_sample` for each sample of an evaluation. SIGINT and SIGTERM end the run after the step,
+        with a checkpoint."""
         options, task = self.options, self.task
         steps = self.checkpoints.steps()
         if steps and not resume:
@@ -137,6 +155,7 @@ class Trainer:
                 "%d of %d records have nothing to learn and are skipped", task.skipped, len(self.records)
             )
         examples, held = self._divided(examples, prepared)
+        prompts = _prompts(task, prepared)
         if options.packing:
             units = packed(examples, task.limit, options.seed)
         else:
@@ -163,6 +182,18 @@ class Trainer:
         run = TrainingRun(
             options, task, plan, units, held, learner, state, self.checkpoints, metrics, decisive
         )
+        if prompts:
+            samples = MetricsLog(self.output, until=state.step, name=SAMPLES)
+
+            def sample(text: str, ids: list[int]) -> None:
+                found = learner.generate(ids, options.sample_tokens)
+                decoded = task.tokenizer.decode(found, skip_special_tokens=True)
+                made = Sample(step=state.step, prompt=text, text=decoded)
+                samples.write(vars(made))
+                if show_sample is not None:
+                    show_sample(made)
+
+            run.samples = [functools.partial(sample, text, ids) for text, ids in prompts.items()]
         with staged(self.output) as stage:
             stage.write(RECIPE, write_recipe(options))
         interrupted = run.steps(show)
@@ -214,10 +245,11 @@ class Trainer:
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """What is known of a model before its weights are loaded: its folder or name, fields of its config to set, and the
-    number of its token ids, and the backend's class `Learner`."""
+    numbers of its token ids and positions, and the backend's class `Learner`."""
 
     base: str
     vocab: int
+    positions: float
     fields: dict[str, Any]
     learner: Any
 
@@ -256,7 +288,9 @@ def prepare(options: TrainingOptions, task: Task, *, adopt: bool = False) -> Pre
             raise ValueError(
                 "the tokenizer has neither a padding token nor an end token: classification needs one"
             )
-    return Prepared(base=base, vocab=spec.vocab, fields=fields, learner=framework.learners[task.loss])
+    return Prepared(
+        base=base, vocab=spec.vocab, positions=most, fields=fields, learner=framework.learners[task.loss]
+    )
 
 
 def evaluate_file(
@@ -296,6 +330,21 @@ def _examples(task: Task, records: list[data.Record], prepared: Prepared) -> lis
     return found
 
 
+def _prompts(task: Task, prepared: Prepared) -> dict[str, list[int]]:
+    """The ids of the prompts of samples; ValueError: the model cannot continue one."""
+    found = {text: task.prompt(text) for text in task.options.sample_prompt}
+    for text, ids in found.items():
+        if not ids or max(ids) >= prepared.vocab:
+            what = f"the id {max(ids)}, but the model has {prepared.vocab} ids" if ids else "no token"
+            raise ValueError(f"sample_prompt {brief(text)}: the tokenizer gives {what}")
+        if (total := len(ids) + task.options.sample_tokens) > prepared.positions:
+            raise ValueError(
+                f"sample_prompt {brief(text)} has {len(ids)} tokens, with sample_tokens {total}, but the model has "
+                f"{prepared.positions:.0f} positions: shorten it, or lower sample_tokens"
+            )
+    return found
+
+
 class TrainingRun:
     """The loop over the steps."""
 
@@ -315,6 +364,7 @@ class TrainingRun:
         self.options, self.task, self.plan, self.units, self.held = options, task, plan, units, held
         self.learner, self.state, self.checkpoints, self.metrics = learner, state, checkpoints, metrics
         self.decisive = decisive
+        self.samples: list[Callable[[], None]] = []
 
     def steps(self, show: Callable[[Progress], None] | None) -> int | None:
         """Run the steps that are left; the number of a signal that ended them, else None."""
@@ -407,6 +457,8 @@ class TrainingRun:
         self.metrics.write(
             {"step": state.step, **{f"eval_{name}": value for name, value in state.metrics.items()}}
         )
+        for sample in self.samples:
+            sample()
         value = state.metrics.get(options.best_metric)
         if value is None:
             raise ValueError(
@@ -456,4 +508,13 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, old[number] if old[number] is not None else signal.SIG_DFL)
 
 
-__all__ = ["FOLDER", "Prepared", "Progress", "Trainer", "TrainingResult", "evaluate_file", "prepare"]
+__all__ = [
+    "FOLDER",
+    "Prepared",
+    "Progress",
+    "Sample",
+    "Trainer",
+    "TrainingResult",
+    "evaluate_file",
+    "prepare",
+]

@@ -94,6 +94,10 @@ class Task:
         """The examples of records, in order."""
         raise NotImplementedError
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids that a sample of generated text continues; for tasks that have samples."""
+        raise NotImplementedError
+
     def drawn(self, example: Example, rng: np.random.Generator) -> Example:
         """The example of one epoch, for tasks with random inputs."""
         del rng

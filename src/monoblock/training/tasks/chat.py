@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from monoblock.field_types import brief
 from monoblock.texts import read_text
 from monoblock.training.data import Record, read_records
 from monoblock.training.tasks.base import IGNORED, Evaluated, Example, Task, TokenRow, perplexity
@@ -53,6 +54,13 @@ class ConversationTask(Task):
                 "raise max_length"
             )
         return found
+
+    def prompt(self, text: str) -> list[int]:
+        chat = [{"role": "user", "content": text}]
+        try:
+            return list(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
+        except ValueError as error:  # of the template
+            raise ValueError(f"sample_prompt {brief(text)}: {error}") from None
 
     def metrics(self, results: Sequence[Evaluated], loss: float) -> dict[str, float]:
         del results

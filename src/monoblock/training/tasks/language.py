@@ -50,6 +50,10 @@ class LanguageTask(Task):
         after = [] if end is None else [end]
         return np.array([*before, *(i for part in parts for i in part), *after], dtype=np.int32)
 
+    def prompt(self, text: str) -> list[int]:
+        ids = self._ids(text).tolist()
+        return ids if self.tokenizer.eos_token_id is None else ids[:-1]
+
     def metrics(self, results: Sequence[Evaluated], loss: float) -> dict[str, float]:
         del results
         return {"perplexity": perplexity(loss)}

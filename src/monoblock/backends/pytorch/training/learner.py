@@ -179,6 +179,24 @@ class Learner:
         spans = zip(_numpy(out.start_logits), _numpy(out.end_logits), counts, strict=True)
         return loss, [(start[:n], end[:n]) for start, end, n in spans]
 
+    def generate(self, ids: Sequence[int], tokens: int) -> list[int]:
+        """The ids, at most `tokens`, that continue a prompt, each the most probable one."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            prompt = torch.tensor([list(ids)], device=self.device)
+            found = self.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self.pad,
+            )
+        finally:
+            self.model.train(training)
+        return found[0, len(ids) :].tolist()
+
     # ------------------------------------------------------------------ files
 
     def save(self, folder: Path) -> None:
