@@ -178,11 +178,11 @@ def test_cors(server: LiveServer) -> None:
 def test_a_full_queue_is_429_with_retry_after() -> None:
     with live(None, engine=SMALL) as running, contextlib.ExitStack() as stack:
         running.ok("/v1/completions", **{**PROMPT, "max_tokens": 1})
-        streams = [
-            stack.enter_context(running.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}))
-            for _ in range(2)
-        ]
-        until(lambda: running.metric("monoblock_requests_waiting", model="demo") == 1)
+        streams: list[httpx.Response] = []
+        for state in ("running", "waiting"):  # the second waits once the first has its slot
+            request = running.http.stream("POST", "/v1/completions", json={**LONG, "stream": True})
+            streams.append(stack.enter_context(request))
+            until(lambda state=state: running.metric(f"monoblock_requests_{state}", model="demo") == 1)
         for more in ({}, {"stream": True}):
             answer = running.post("/v1/completions", **LONG, **more)
             assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
