@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
-from monoblock.checkpoint.packed_config import METHODS, parse_declaration
+from monoblock.checkpoint.dense_config import ALL_METHODS, DenseDeclaration, declared
+from monoblock.checkpoint.packed_config import METHODS
 from monoblock.errors import UnsupportedConfig
 from monoblock.field_types import brief, checked
 
@@ -185,16 +186,34 @@ def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
 
 
 def stored_quantization(config: Any) -> WeightOnlyConfig | None:
-    """The quantisation of a checkpoint's weights, from `quantization_config` in its config; None: unquantised.
+    """The quantisation of weights that stay quantised, from `quantization_config` in a checkpoint's config; None:
+    unquantised, or dequantised as they are read.
 
-    UnsupportedConfig for methods of other tools than METHODS, and for layouts of these that are not read.
+    UnsupportedConfig for methods of other tools than ALL_METHODS, and for layouts of these that are not read.
     """
+    how = _stored(config)
+    return None if isinstance(how, DenseDeclaration) else how
+
+
+def stored_form(config: Any) -> dict[str, Any] | None:
+    """`quantization_config` in a checkpoint's config as JSON values, with a `summary`; None: unquantised. Errors as
+    those of `stored_quantization`."""
+    if (how := _stored(config)) is None:
+        return None
+    if isinstance(how, DenseDeclaration):
+        return asdict(how) | {"summary": how.summary}
+    return how.to_dict() | {"summary": how.summary}
+
+
+def _stored(config: Any) -> WeightOnlyConfig | DenseDeclaration | None:
     found: Any = getattr(config, "quantization_config", None)
     if found is None:
         return None
     held = cast("Mapping[str, Any]", found if isinstance(found, Mapping) else {})
-    if held.get("quant_method") in METHODS:
-        how = parse_declaration(held, f"{type(config).__name__}.quantization_config")
+    if held.get("quant_method") in ALL_METHODS:
+        how = declared(held, f"{type(config).__name__}.quantization_config")
+        if isinstance(how, DenseDeclaration):
+            return how
         group = how.group if how.group in (16, 32, 64, 128) else 128
         return WeightOnlyConfig(bits=how.bits, group_size=group, source=how.source)
     if (method := held.get("quant_method", held.get("method"))) != METHOD:
@@ -204,8 +223,8 @@ def stored_quantization(config: Any) -> WeightOnlyConfig | None:
             'with from_pretrained(..., quantization_config="int8") or "int4"'
         )
     try:
-        how = _of_dict(dict(held))
+        own = _of_dict(dict(held))
     except ValueError as error:
         raise UnsupportedConfig(f"{type(config).__name__}.quantization_config: {error}") from error
-    assert isinstance(how, WeightOnlyConfig)
-    return how
+    assert isinstance(own, WeightOnlyConfig)
+    return own

@@ -1,4 +1,5 @@
-"""The matrices of tests/torch/test_compressed_tensors.py, decompressed by the compressed-tensors package."""
+"""Matrices of tests/torch/test_compressed_tensors.py and test_float8.py, decompressed by the compressed-tensors
+package."""
 
 from __future__ import annotations
 
@@ -7,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 from packed_files import compressed
+
+from monoblock.checkpoint.dense_config import DenseDeclaration
+from monoblock.checkpoint.dense_tensors import Float8Tensors
+from monoblock.checkpoint.weights import StateTensors
 
 compressors = pytest.importorskip("compressed_tensors.compressors")
 quantization = pytest.importorskip("compressed_tensors.quantization")
@@ -38,3 +43,22 @@ def test_weights_are_those_of_the_package(form: Any) -> None:
     )
     found = compressors.BaseCompressor.get_value_from_registry(layout).decompress(tensors, scheme)["weight"]
     assert torch.equal(found, torch.from_numpy(weight).to(found.dtype))
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8(strategy: str, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(256, 384, generator=random).to(torch.float8_e4m3fn)
+    shape = {"tensor": (1,), "channel": (256, 1), "block": (2, 3)}[strategy]
+    tensors = {"weight": weight, "weight_scale": torch.rand(shape, generator=random).to(dtype)}
+    block = (128, 128) if strategy == "block" else None
+    arguments = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True}
+    weights = quantization.QuantizationArgs(**arguments, block_structure=list(block) if block else None)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    compressor = compressors.BaseCompressor.get_value_from_registry("float-quantized")
+    expected = compressor.decompress(dict(tensors), scheme)["weight"]
+    how = DenseDeclaration(source="compressed-tensors", per=strategy, block=block)
+    renamed = StateTensors({f"x.{name}": tensor for name, tensor in tensors.items()})
+    found = Float8Tensors(renamed, how, "pt").tensor("x.weight")
+    assert torch.equal(found, expected.bfloat16())

@@ -108,7 +108,7 @@ def test_quantised_activations_are_noted(tmp_path: Path, caplog: pytest.LogCaptu
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "float-quantized"}, "format='float-quantized' is not supported"),
+        ({"format": "nvfp4-pack-quantized"}, "format='nvfp4-pack-quantized' is not supported"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "weights must be dense"),
         ({"config_groups": {}}, "each group needs weights"),

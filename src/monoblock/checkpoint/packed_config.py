@@ -3,7 +3,7 @@ file beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,8 @@ from monoblock.field_types import brief
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _FORMATS = ("gptq", "gptq_v2")
 COMPRESSED = "compressed-tensors"
+# Formats of compressed-tensors that are kept packed -> the layout of codes.
+_LAYOUTS = {"pack-quantized": "words", "int-quantized": "int8"}
 METHODS = ("gptq", "awq", COMPRESSED)
 # Fields that change the layout: the values without effect, and what others mean.
 _REFUSED: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
@@ -94,60 +96,81 @@ def parse_declaration(given: Mapping[str, Any], owner: str, method: str | None =
     )
 
 
-def _compressed(given: Mapping[str, Any], owner: str) -> PackedDeclaration:
-    """The declaration of compressed-tensors, whose schemes must be one for all matrices."""
+@dataclass(frozen=True, kw_only=True)
+class CompressedScheme:
+    """How compressed-tensors quantised all matrices: the format, the fields of `weights`, and whether activations are
+    quantised."""
 
-    def refuse(field: str, value: Any, why: str) -> UnsupportedConfig:
-        return UnsupportedConfig(f"{owner}.{field}={brief(value)} is not supported: {why}")
+    owner: str
+    layout: str
+    weights: Mapping[str, Any]
+    activations: bool
 
-    layouts = {"pack-quantized": "words", "int-quantized": "int8"}
-    layout = given.get("format")
-    if layout not in layouts:
-        raise refuse("format", layout, f"it must be {' or '.join(map(repr, layouts))}")
+    def check(self, field: str, fits: bool, wanted: str) -> None:
+        """UnsupportedConfig unless a field of `weights` fits."""
+        if not fits:
+            raise _refused(
+                self.owner, f"config_groups.weights.{field}", self.weights[field], f"it must be {wanted}"
+            )
+
+
+def compressed_scheme(given: Mapping[str, Any], owner: str, layouts: Iterable[str]) -> CompressedScheme:
+    """The scheme of compressed-tensors, in one of these formats, which must be one for all matrices."""
+    layout: Any = given.get("format")
+    if layout not in tuple(layouts):
+        known = " or ".join(map(repr, (*_LAYOUTS, "float-quantized")))
+        raise _refused(owner, "format", layout, f"it must be {known}")
     for field in ("kv_cache_scheme", "transform_config"):
         if given.get(field):
-            raise refuse(field, given[field], "it must be None")
+            raise _refused(owner, field, given[field], "it must be None")
     sparsity: Any = given.get("sparsity_config")
     if sparsity and not (isinstance(sparsity, Mapping) and cast("Any", sparsity).get("format") == "dense"):
-        raise refuse("sparsity_config", sparsity, "weights must be dense")
+        raise _refused(owner, "sparsity_config", sparsity, "weights must be dense")
     groups: Any = given.get("config_groups")
     schemes: list[Any] = (
         list(cast("Mapping[str, Any]", groups).values()) if isinstance(groups, Mapping) else []
     )
     if not schemes or not all(_has_weights(scheme) for scheme in schemes):
-        raise refuse("config_groups", groups, "each group needs weights")
-    names = ("num_bits", "type", "strategy", "group_size", "symmetric", "dynamic")
+        raise _refused(owner, "config_groups", groups, "each group needs weights")
+    names = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric", "dynamic")
     found = [{name: scheme["weights"].get(name) for name in names} for scheme in schemes]
     if any(other != found[0] for other in found) or any(
         s.get("format") not in (None, layout) for s in schemes
     ):
-        raise refuse("config_groups", groups, "its groups must quantise weights alike")
-    how = found[0]
-    known = (8,) if layout == "int-quantized" else (4, 8)
-    checks = {
-        "num_bits": (how["num_bits"] in known, " or ".join(map(str, known))),
-        "type": (how["type"] == "int", "'int'"),
-        "strategy": (how["strategy"] in ("group", "channel", "tensor"), "'group', 'channel' or 'tensor'"),
-        "symmetric": (type(how["symmetric"]) is bool, "true or false"),
-        "dynamic": (not how["dynamic"], "false"),
-    }
-    grouped, size = how["strategy"] == "group", how["group_size"]
-    checks["group_size"] = (not grouped or (type(size) is int and 0 < size < 1 << 20), "a positive integer")
-    for name, (fits, wanted) in checks.items():
-        if not fits:
-            raise refuse(f"config_groups.weights.{name}", how[name], f"it must be {wanted}")
+        raise _refused(owner, "config_groups", groups, "its groups must quantise weights alike")
     quantised = any(scheme.get("input_activations") or scheme.get("output_activations") for scheme in schemes)
+    scheme = CompressedScheme(owner=owner, layout=layout, weights=found[0], activations=quantised)
+    scheme.check("dynamic", not found[0]["dynamic"], "false")
+    return scheme
+
+
+def _compressed(given: Mapping[str, Any], owner: str) -> PackedDeclaration:
+    scheme = compressed_scheme(given, owner, _LAYOUTS)
+    how, known = scheme.weights, (8,) if scheme.layout == "int-quantized" else (4, 8)
+    grouped, size = how["strategy"] == "group", how["group_size"]
+    scheme.check("num_bits", how["num_bits"] in known, " or ".join(map(str, known)))
+    scheme.check("type", how["type"] == "int", "'int'")
+    strategies = ("group", "channel", "tensor")
+    scheme.check("strategy", how["strategy"] in strategies, "'group', 'channel' or 'tensor'")
+    scheme.check("symmetric", type(how["symmetric"]) is bool, "true or false")
+    scheme.check(
+        "group_size", not grouped or (type(size) is int and 0 < size < 1 << 20), "a positive integer"
+    )
     return PackedDeclaration(
         source=COMPRESSED,
         bits=how["num_bits"],
         group=size if grouped else None,
         symmetric=how["symmetric"],
         offset=0,
-        layout=layouts[layout],
+        layout=_LAYOUTS[scheme.layout],
         noted=f"{owner} quantises activations: here they are quantised by the kernels' own rule"
-        if quantised
+        if scheme.activations
         else None,
     )
+
+
+def _refused(owner: str, field: str, value: Any, why: str) -> UnsupportedConfig:
+    return UnsupportedConfig(f"{owner}.{field}={brief(value)} is not supported: {why}")
 
 
 def _has_weights(scheme: Any) -> bool:

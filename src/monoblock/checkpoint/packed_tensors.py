@@ -299,8 +299,11 @@ def _members(stem: str) -> list[str]:
 
 
 def recognised(tensors: Tensors) -> str | None:
-    """The tool that made these tensors, by their names and shapes; None if there are no codes."""
+    """The tool that made these tensors, by their names, dtypes and shapes; None if there are no codes. "float8" may be
+    fp8's or compressed-tensors'."""
     names = dict.fromkeys(tensors)
+    if any(name.endswith(".weight_scale_inv") or tensors.dtype(name).startswith("F8") for name in names):
+        return "float8"
     for name in names:
         weight = name.removesuffix("_scale")
         integers = name.endswith(".weight_scale") and weight in names and tensors.dtype(weight) == "I8"

@@ -41,20 +41,14 @@ def is_quantized(names: Iterable[str]) -> bool:
 
 def refuse(tensors: Tensors) -> None:
     """CheckpointError if there are quantised matrices, for readers that do not support them."""
-    if (
-        found := next(
-            (
-                name
-                for name in tensors
-                if name.endswith((*_ENDINGS, ".qweight", ".weight_packed", ".weight_scale"))
-            ),
-            None,
-        )
-    ) is not None:
-        raise CheckpointError(
-            f"{tensors.path(found).name} holds quantised weights ({found}), which only the PyTorch classes read: load "
-            "the folder with one of them, call dequantize(), and save the result"
-        )
+    for name in tensors:
+        dense = name.endswith(".weight_scale_inv") or tensors.dtype(name).startswith("F8")
+        if dense or name.endswith((*_ENDINGS, ".qweight", ".weight_packed", ".weight_scale")):
+            then = "" if dense else "call dequantize(), "
+            raise CheckpointError(
+                f"{tensors.path(name).name} holds quantised weights ({name}), which only the PyTorch classes read: "
+                f"load the folder with one of them, {then}and save the result"
+            )
 
 
 def by_rows(keymap: KeyMap) -> KeyMap:

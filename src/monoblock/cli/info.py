@@ -106,7 +106,7 @@ def describe(path: str, hub: DownloadOptions) -> dict[str, Any]:
     from monoblock import AutoConfig
     from monoblock.checkpoint.hub import in_gguf
     from monoblock.checkpoint.options import HubOptions
-    from monoblock.quantization import stored_quantization
+    from monoblock.quantization import stored_form
 
     config = AutoConfig.from_pretrained(path, **hub.kwargs())
     spec = config.to_spec()
@@ -128,9 +128,7 @@ def describe(path: str, hub: DownloadOptions) -> dict[str, Any]:
         "weights": list(contents.read),
         "note": contents.note,
         "kind": "sentence-transformers" if SENTENCE_TRANSFORMERS in contents.files else None,
-        "quantization": how.to_dict() | {"summary": how.summary}
-        if (how := stored_quantization(config))
-        else None,
+        "quantization": stored_form(config),
         "memory": {name: count * bits // 8 for name, bits in DTYPE_BITS.items()},
         "cache_per_token": per_token,
         "files": contents.files,
@@ -310,7 +308,7 @@ def _file(name: str, size: int | None, read: list[str]) -> str:
 
 
 def _quantization(how: dict[str, Any]) -> str:
-    kept = ", ".join(how["modules_to_not_convert"] or ())
+    kept = ", ".join(how.get("modules_to_not_convert") or ())
     return how["summary"] + (f"; not {kept}" if kept else "")
 
 

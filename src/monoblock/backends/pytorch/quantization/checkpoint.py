@@ -18,10 +18,12 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix, quantized_module
 from monoblock.backends.pytorch.quantization.quantize import Quantizer, matrices
 from monoblock.checkpoint import quantized
+from monoblock.checkpoint.dense_config import ALL_METHODS, DenseDeclaration, declared
+from monoblock.checkpoint.dense_tensors import Float8Tensors
 from monoblock.checkpoint.hub import HubOptions, find_file, read_json
 from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
 from monoblock.checkpoint.matching import LoadReport, match_tensors
-from monoblock.checkpoint.packed_config import FILES, METHODS, parse_declaration
+from monoblock.checkpoint.packed_config import COMPRESSED, FILES
 from monoblock.checkpoint.packed_tensors import PackedTensors, recognised
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
@@ -29,6 +31,8 @@ from monoblock.field_types import brief
 from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfig, stored_quantization
 
 log = logging.getLogger("monoblock")
+
+_TITLES = {"gptq": "GPTQ", "awq": "AWQ", "float8": f"fp8 or {COMPRESSED} (float-quantized)"}
 
 Device = Callable[[str], torch.device]
 
@@ -138,10 +142,11 @@ def _dtype(tensors: Tensors, source: TensorSource, part: str) -> torch.dtype:
 
 
 def opened(store: Tensors, config: Any, name: Any, hub: HubOptions) -> Tensors:
-    """The store, with matrices that GPTQ or AWQ quantised in this library's formats.
+    """The store, with matrices that other tools quantised in this library's formats or dequantised.
 
     CheckpointError: neither config.json nor the tool's own file declares them, or they are damaged. UnsupportedConfig:
-    the declared layout is not supported. A declaration in the tool's file is added to the config.
+    the declared layout is not supported. A declaration in the tool's file is added to the config; one of matrices that
+    are dequantised is removed from it.
     """
     if (tool := recognised(store)) is None:
         return store
@@ -153,23 +158,26 @@ def opened(store: Tensors, config: Any, name: Any, hub: HubOptions) -> Tensors:
                 found, owner = {"quant_method": method, **read_json(path)}, path.name
                 config.quantization_config = found
                 break
-    title = {"gptq": "GPTQ", "awq": "AWQ"}.get(tool, tool)
+    title = _TITLES.get(tool, tool)
     if found is None:
         raise CheckpointError(
             f"{name} has quantised tensors as {title} writes them, but neither config.json (quantization_config) nor "
             f"{' or '.join(FILES)} declares their bits and groups: restore that file"
         )
-    if not isinstance(found, Mapping) or found.get("quant_method") not in METHODS:  # pyright: ignore
+    if not isinstance(found, Mapping) or found.get("quant_method") not in ALL_METHODS:  # pyright: ignore
         raise CheckpointError(
             f"{name} has quantised tensors as {title} writes them, but {owner} is {brief(found)}: restore it"
         )
-    how = parse_declaration(cast("Mapping[str, Any]", found), owner)
-    if how.source != tool:
+    how = declared(cast("Mapping[str, Any]", found), owner)
+    if (tool == "float8") != isinstance(how, DenseDeclaration) or (tool != "float8" and how.source != tool):
         raise CheckpointError(
             f"{owner} declares {how.source}, but the tensors are those of {title}: correct it"
         )
     if how.noted is not None:
         log.info("%s", how.noted)
+    if isinstance(how, DenseDeclaration):
+        del config.quantization_config
+        return Float8Tensors(store, how, "pt")
     spec = config.to_spec()
     biases = spec.attention.qkv_bias or spec.attention.out_bias or spec.mlp.bias
     return PackedTensors(store, how, "pt", biases=biases)
@@ -178,7 +186,7 @@ def opened(store: Tensors, config: Any, name: Any, hub: HubOptions) -> Tensors:
 def dtype_on_cpu(store: Tensors, dtype: torch.dtype) -> torch.dtype:
     """The dtype of norms and of the computation with quantised weights on a CPU: bfloat16 instead of float16, for which
     there are no kernels; with a log line."""
-    if not quantized.is_quantized(store):
+    if not isinstance(store, Float8Tensors) and not quantized.is_quantized(store):
         return dtype
     log.info(
         "norms and embeddings of float16 are loaded in bfloat16, which CPUs compute in; dtype= changes it"
