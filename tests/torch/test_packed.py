@@ -409,7 +409,7 @@ def test_wrong_arguments(folder: Path, config: Any, words: str) -> None:
         load(folder, quantization_config=config)
 
 
-@pytest.mark.parametrize("method", ["hqq", "bitsandbytes", None])
+@pytest.mark.parametrize("method", ["hqq", "quanto", None])
 def test_checkpoints_of_other_tools(folder: Path, method: str | None, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"bits": 4} | ({"quant_method": method} if method else {})

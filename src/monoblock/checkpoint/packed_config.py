@@ -16,6 +16,7 @@ _FORMATS = ("gptq", "gptq_v2")
 COMPRESSED = "compressed-tensors"
 # Formats of compressed-tensors that are kept packed -> the layout of codes.
 _LAYOUTS = {"pack-quantized": "words", "int-quantized": "int8"}
+BITSANDBYTES = "bitsandbytes"
 METHODS = ("gptq", "awq", COMPRESSED)
 # Fields that change the layout: the values without effect, and what others mean.
 _REFUSED: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
@@ -36,10 +37,10 @@ _REFUSED: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
 class PackedDeclaration:
     """How weights were quantised.
 
-    `source`: "gptq", "awq" or "compressed-tensors". `layout`: "qweight" for the first two, "words" or "int8" for the
-    last (packed_tensors.py). `group`: inputs that share a scale (None: all of a row). `symmetric`: whether all zero
-    points are the middle code, which is checked. `offset`: what is added to stored zero points: 1 in GPTQ's first
-    format. `noted`: a default that was taken, for a log line.
+    `source`: "gptq", "awq", "compressed-tensors" or "bitsandbytes". `layout`: "qweight" for the first two, "words" or
+    "int8" for the third, "scb" for the last (packed_tensors.py). `group`: inputs that share a scale (None: all of a
+    row). `symmetric`: whether all zero points are the middle code, which is checked. `offset`: what is added to stored
+    zero points: 1 in GPTQ's first format. `noted`: a default that was taken, for a log line.
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""Weights that GPTQ, AWQ or compressed-tensors quantised, as components of this library's formats.
+"""Weights that GPTQ, AWQ, compressed-tensors or bitsandbytes (8 bits) quantised, in this library's formats.
 
 A matrix `X` is stored as `X.qweight`, codes in 32-bit words; `X.qzeros`, zero points in words; `X.scales` (groups,
 outputs); and in GPTQ `X.g_idx`, the group of each input. A weight is scale * (code - zero).
@@ -12,6 +12,9 @@ compressed-tensors has other names: `X.weight_packed` (outputs, inputs * bits / 
 `X.weight`, int8 (outputs, inputs); `X.weight_scale` (outputs, groups), or one number; `X.weight_zero_point`, words of
 consecutive outputs (outputs * bits / 32, groups), or int8 (outputs, groups); `X.weight_g_idx`. Codes in words are
 2 ** (bits - 1) more than the signed integers.
+
+bitsandbytes (8 bits): `X.weight`, int8 (outputs, inputs); `X.SCB` (outputs,), 127 times the scales; `X.weight_format`,
+0 for this layout.
 
 Sources: https://github.com/AutoGPTQ/AutoGPTQ (qlinear), https://github.com/casper-hansen/AutoAWQ (WQLinear_GEMM) and
 https://github.com/vllm-project/compressed-tensors (compressors).
@@ -28,8 +31,9 @@ import numpy as np
 
 from monoblock.checkpoint import casts
 from monoblock.checkpoint.array_adapters import adapter
+from monoblock.checkpoint.bnb_tensors import STATE
 from monoblock.checkpoint.packed import RUN, Array, PackedForm, pack_codes, pack_groups
-from monoblock.checkpoint.packed_config import COMPRESSED, PackedDeclaration
+from monoblock.checkpoint.packed_config import BITSANDBYTES, COMPRESSED, PackedDeclaration
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
 
@@ -40,9 +44,18 @@ _ENDINGS = {
     "qweight": (".qweight", ".qzeros", ".scales", ".g_idx"),
     "words": (".weight_packed", ".weight_zero_point", ".weight_scale", ".weight_g_idx"),
     "int8": (".weight", ".weight_zero_point", ".weight_scale", ".weight_g_idx"),
+    "scb": (".weight", ".weight_zero_point", ".SCB", ".weight_g_idx"),
 }
+_SIGNED = ("int8", "scb")
 # Further tensors of compressed-tensors' modules: the shape, which is implied, and scales of activations.
-_MORE = (".weight_shape", ".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point")
+_MORE = (
+    ".weight_shape",
+    ".weight_format",
+    ".input_scale",
+    ".input_zero_point",
+    ".output_scale",
+    ".output_zero_point",
+)
 _GROUPS = (16, 32, 64, 128)
 # Matrices that one product multiplies by, which therefore have one format.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("Wq", "Wk", "Wv"))
@@ -61,7 +74,7 @@ class PackedTensors:
         self._all = names = dict.fromkeys(tensors)
         self._codes_end, self._zeros_end, self._scales_end, self._index_end = ends = _ENDINGS[how.layout]
         stems = [name.removesuffix(ends[0]) for name in names if name.endswith(ends[0])]
-        if how.layout == "int8":
+        if how.layout in _SIGNED:
             stems = [stem for stem in stems if stem + ends[2] in names]
         self._shapes = {stem: self._checked_shape(stem) for stem in stems}
         forms = {stem: self._form(stem) for stem in stems}
@@ -71,7 +84,7 @@ class PackedTensors:
                 forms |= dict.fromkeys((member for member in here if member in forms), None)
         # Name -> the matrix and the component, or the stored name.
         self._names: dict[str, tuple[str, str] | None] = {}
-        more = _MORE if how.source == COMPRESSED else ()
+        more = _MORE if how.layout != "qweight" else ()
         own = {f"{stem}{end}" for stem in stems for end in (*ends, *more)}
         for name in names:
             stem, _, leaf = name.rpartition(".")
@@ -121,24 +134,30 @@ class PackedTensors:
         made = self._dequantised(stem) if part == "weight" else self._component(stem, self._forms[stem], part)
         return self._arrays.from_buffer(made, self.dtype(name), made.shape)
 
+    def inputs(self, name: str) -> int:
+        """The inputs of the quantised matrix `X.weight`, without padding."""
+        return self._shapes[name.removesuffix(".weight")][1]
+
     def _checked_shape(self, stem: str) -> tuple[int, int]:
         """(outputs, inputs) of a matrix; ShapeMismatch: its tensors do not have the declared layout."""
         how, tensors, ends = self._how, self._tensors, _ENDINGS[self._how.layout]
-        zeros_too = not (how.source == COMPRESSED and how.symmetric)
+        zeros_too = how.layout == "qweight" or not how.symmetric
         names = [stem + ends[0], stem + ends[2], *([stem + ends[1]] if zeros_too else [])]
         if missing := next((name for name in names if name not in self._all), None):
             raise CheckpointError(f"the checkpoint has {names[0]}, but lacks {missing}: fetch it again")
         found = {name: (tensors.dtype(name), tensors.shape(name)) for name in names}
         codes, scales = found[names[0]][1], found[names[1]][1]
         where = tensors.path(names[0]).name
-        if len(codes) != 2 or 0 in codes or 0 in scales or (len(scales) != 2 and how.source != COMPRESSED):
+        if len(codes) != 2 or 0 in codes or 0 in scales or (len(scales) != 2 and how.layout == "qweight"):
             raise ShapeMismatch(
                 f"{names[0]} and its scales in {where} are no matrices: {list(codes)}, {list(scales)}"
             )
         outputs, inputs = self._sizes(stem, codes, scales)
         groups, each = -(-inputs // (how.group or inputs)), 32 // how.bits
         words = -(-outputs // each)
-        if how.source == COMPRESSED:
+        if how.layout == "scb":
+            fits, whole = scales == (outputs,) and self._by_rows(stem), ()
+        elif how.source == COMPRESSED:
             fits = scales in ((outputs, groups), *([(1,), ()] if how.group is None else []))
             width = inputs if how.layout == "int8" else -(-inputs // each)
             fits = fits and codes == (outputs, width)
@@ -147,7 +166,7 @@ class PackedTensors:
             packed = (inputs // each, outputs) if how.source == "gptq" else (inputs, outputs // each)
             fits = codes == packed and scales == (groups, outputs) and outputs % each == 0
             whole = (groups, words)
-        kind = "I8" if how.layout == "int8" else "I32"
+        kind = "I8" if how.layout in _SIGNED else "I32"
         fits = fits and found[names[0]][0] == kind and found[names[1]][0] in ("F16", "BF16", "F32")
         if not fits or (zeros_too and found[names[2]] != (kind, whole)):
             listed = ", ".join(
@@ -162,7 +181,7 @@ class PackedTensors:
     def _sizes(self, stem: str, codes: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, int]:
         """Outputs and inputs that the shapes of codes and scales imply."""
         how, each = self._how, 32 // self._how.bits
-        if how.layout == "int8":
+        if how.layout in _SIGNED:
             return codes[0], codes[1]
         if how.layout == "words":
             name = stem + ".weight_shape"
@@ -174,6 +193,19 @@ class PackedTensors:
             return (outputs, inputs) if 0 < inputs <= codes[1] * each else (codes[0], codes[1])
         return scales[1], codes[0] * each if how.source == "gptq" else codes[0]
 
+    def _by_rows(self, stem: str) -> bool:
+        """Whether a matrix of bitsandbytes is stored row by row, not in a layout of old GPU kernels."""
+        name = stem + ".weight_format"
+        if name not in self._all:
+            return True
+        if self._tensors.dtype(name) != "U8" or self._tensors.shape(name) not in ((), (1,)):
+            raise CheckpointError(f"{name} in {self._tensors.path(name).name} must be one number of U8")
+        if (code := int(_array(self._tensors.tensor(name)).reshape(-1)[0])) != 0:
+            raise CheckpointError(
+                f"{name} in {self._tensors.path(name).name} is {code}, a layout of other kernels: only 0 (rows) is read"
+            )
+        return True
+
     def _form(self, stem: str) -> PackedForm | None:
         """The format of a matrix; None if none holds it."""
         how = self._how
@@ -181,7 +213,7 @@ class PackedTensors:
         group = RUN if size % RUN == 0 else size
         if group not in _GROUPS or not self._consecutive(stem):
             return None
-        short = self._tensors.dtype(stem + self._scales_end) == "F16"
+        short = self._tensors.dtype(stem + self._scales_end) == "F16" and how.layout != "scb"
         middle = how.symmetric  # then low is a power of two times the scale
         low = not (middle and how.bits == 8)
         return PackedForm(bits=how.bits, group=group, low=low, wide=not (short and middle))
@@ -215,7 +247,7 @@ class PackedTensors:
         step = max(8, _CHUNK // inputs // 8 * 8)
         for first in range(0, outputs, step):
             rows = slice(first, min(first + step, outputs))
-            if self._how.layout == "int8":
+            if self._how.layout in _SIGNED:
                 yield rows, words[rows].view(np.uint8) ^ np.uint8(128)
             elif self._how.layout == "words":
                 yield rows, _fields(np.ascontiguousarray(words[rows]), self._how.bits)[:, :inputs]
@@ -230,7 +262,9 @@ class PackedTensors:
         name = stem + self._scales_end
         scales = np.asarray(_array(self._tensors.tensor(name)), np.float32)
         zeros = self._zeros(stem)
-        if self._how.source == COMPRESSED:
+        if self._how.layout == "scb":
+            scales = (scales / np.float32(127))[:, None]
+        elif self._how.source == COMPRESSED:
             scales = np.broadcast_to(
                 scales.reshape(-1, scales.shape[-1] if scales.ndim == 2 else 1), zeros.shape
             )
@@ -244,7 +278,7 @@ class PackedTensors:
         """Zero points (outputs, groups), as codes."""
         how, (outputs, inputs), name = self._how, self._shapes[stem], stem + self._zeros_end
         middle, groups = 1 << how.bits - 1, -(-inputs // (how.group or inputs))
-        if how.source == COMPRESSED and how.symmetric:
+        if how.layout != "qweight" and how.symmetric:
             return np.full((outputs, groups), middle, np.int32)
         stored = np.ascontiguousarray(_array(self._tensors.tensor(name)))
         if how.layout == "int8":
@@ -302,6 +336,10 @@ def recognised(tensors: Tensors) -> str | None:
     """The tool that made these tensors, by their names, dtypes and shapes; None if there are no codes. "float8" may be
     fp8's or compressed-tensors'."""
     names = dict.fromkeys(tensors)
+    if any(STATE in name or name.endswith(".weight.absmax") for name in names):
+        return f"{BITSANDBYTES} (4 bits)"
+    if any(name.endswith(".SCB") for name in names):
+        return f"{BITSANDBYTES} (8 bits)"
     if any(name.endswith(".weight_scale_inv") or tensors.dtype(name).startswith("F8") for name in names):
         return "float8"
     for name in names:

@@ -18,12 +18,13 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix, quantized_module
 from monoblock.backends.pytorch.quantization.quantize import Quantizer, matrices
 from monoblock.checkpoint import quantized
+from monoblock.checkpoint.bnb_tensors import FourBitTensors
 from monoblock.checkpoint.dense_config import ALL_METHODS, DenseDeclaration, declared
 from monoblock.checkpoint.dense_tensors import Float8Tensors
 from monoblock.checkpoint.hub import HubOptions, find_file, read_json
 from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
 from monoblock.checkpoint.matching import LoadReport, match_tensors
-from monoblock.checkpoint.packed_config import COMPRESSED, FILES
+from monoblock.checkpoint.packed_config import BITSANDBYTES, COMPRESSED, FILES
 from monoblock.checkpoint.packed_tensors import PackedTensors, recognised
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
@@ -73,6 +74,8 @@ def load(
     expected: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in quantized.COMPONENTS}
     for canonical, source in held.items():
         rows, columns = shapes[canonical]
+        if isinstance(store, PackedTensors):
+            _check_inputs(store, source, columns)
         has = {kind: canonical in sources for kind, sources in kinds.items()}
         bits, group = _form(source.names[0], parts, has, how, columns)
         for part, shape in formats.shapes(bits, group, rows, columns, has["low"]).items():
@@ -111,6 +114,16 @@ def load(
     report = found["codes"][1]
     unused, extra = ([f"{name}.codes" for name in names] for names in (report.unused, report.extra))
     return LoadReport(unused=unused, extra=extra)
+
+
+def _check_inputs(store: PackedTensors, source: TensorSource, columns: int) -> None:
+    """ShapeMismatch: a matrix has another number of inputs, which its padded codes may not show."""
+    for name in source.names:
+        if (inputs := store.inputs(name)) != columns:
+            raise ShapeMismatch(
+                f"{name} in {store.path(f'{name}.codes').name} has {inputs} inputs, but the model needs {columns}: do "
+                "config.json and the weights belong together?"
+            )
 
 
 def _form(
@@ -169,15 +182,18 @@ def opened(store: Tensors, config: Any, name: Any, hub: HubOptions) -> Tensors:
             f"{name} has quantised tensors as {title} writes them, but {owner} is {brief(found)}: restore it"
         )
     how = declared(cast("Mapping[str, Any]", found), owner)
-    if (tool == "float8") != isinstance(how, DenseDeclaration) or (tool != "float8" and how.source != tool):
-        raise CheckpointError(
-            f"{owner} declares {how.source}, but the tensors are those of {title}: correct it"
-        )
+    if how.source == BITSANDBYTES:
+        declared_tool = f"{BITSANDBYTES} ({4 if isinstance(how, DenseDeclaration) else 8} bits)"
+    else:
+        declared_tool = "float8" if isinstance(how, DenseDeclaration) else how.source
+    if declared_tool != tool:
+        named = declared_tool if how.source == BITSANDBYTES else how.source
+        raise CheckpointError(f"{owner} declares {named}, but the tensors are those of {title}: correct it")
     if how.noted is not None:
         log.info("%s", how.noted)
     if isinstance(how, DenseDeclaration):
         del config.quantization_config
-        return Float8Tensors(store, how, "pt")
+        return FourBitTensors(store, "pt") if how.source == BITSANDBYTES else Float8Tensors(store, how, "pt")
     spec = config.to_spec()
     biases = spec.attention.qkv_bias or spec.attention.out_bias or spec.mlp.bias
     return PackedTensors(store, how, "pt", biases=biases)
@@ -186,7 +202,7 @@ def opened(store: Tensors, config: Any, name: Any, hub: HubOptions) -> Tensors:
 def dtype_on_cpu(store: Tensors, dtype: torch.dtype) -> torch.dtype:
     """The dtype of norms and of the computation with quantised weights on a CPU: bfloat16 instead of float16, for which
     there are no kernels; with a log line."""
-    if not isinstance(store, Float8Tensors) and not quantized.is_quantized(store):
+    if not isinstance(store, Float8Tensors | FourBitTensors) and not quantized.is_quantized(store):
         return dtype
     log.info(
         "norms and embeddings of float16 are loaded in bfloat16, which CPUs compute in; dtype= changes it"
