@@ -239,6 +239,9 @@ def test_quantised_weights_are_refused_by_readers_of_plain_tensors() -> None:
         def path(self, name: str) -> Path:
             return Path("folder") / f"{len(name)}.safetensors"
 
+        def dtype(self, name: str) -> str:
+            return "U8" if name.endswith(".codes") else "F16"
+
     with pytest.raises(
         CheckpointError, match=r"up_proj\.weight\.codes\), which only the PyTorch classes read"
     ):
