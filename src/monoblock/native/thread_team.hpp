@@ -51,7 +51,7 @@ class ThreadTeam {
       const int64_t owner = (thread + i) % size, begin = count * owner / size, end = count * (owner + 1) / size;
       for (int64_t index; (index = begin + ranges[owner].taken.fetch_add(1, std::memory_order_relaxed)) < end;) work(index);
     }
-    barrier([] { return false; });
+    barrier([] { return false; }, true);
   }
 
   // The number of threads; valid in `run`.
@@ -77,15 +77,17 @@ class ThreadTeam {
   }
 
  private:
-  // The barrier. The last thread to arrive resets the counters and releases the others.
+  // The barrier. The last thread to arrive resets the counters that the loop used (`ranged`: those of the ranges) and releases
+  // the others.
   template <class Idle>
-  void barrier(Idle idle) {
+  void barrier(Idle idle, bool ranged = false) {
     const int64_t now = phase.load(std::memory_order_relaxed);
     for (int i = 0; i < IDLE_CALLS && idle(); ++i) {}
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
       arrived.store(0, std::memory_order_relaxed);
       next.store(0, std::memory_order_relaxed);
-      for (Range& range : ranges) range.taken.store(0, std::memory_order_relaxed);
+      if (ranged)
+        for (Range& range : ranges) range.taken.store(0, std::memory_order_relaxed);
       phase.store(now + 1, std::memory_order_release);
       return;
     }
