@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from training_runs import jsonl, losses, metrics, sentences
 
 import monoblock
-from monoblock.backends.pytorch.training.optimizer import Optimizer, decays
+from monoblock.backends.pytorch.training import optimizer as optimizer_module
+from monoblock.backends.pytorch.training.optimizer import Optimizer, decays, joined, split
+from monoblock.errors import CheckpointError
 from monoblock.training import Trainer, TrainingOptions
 from monoblock.training.checkpoints import Checkpoints
 from monoblock.training.trainer import Progress
@@ -212,6 +214,55 @@ def test_steps_are_those_of_adamw() -> None:
         reference.step()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-6)
+
+
+def test_steps_of_bfloat16_parameters_are_those_of_their_float32_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By slices of rows, for matrices, vectors and a scalar; a restored state continues alike."""
+    monkeypatch.setattr(optimizer_module, "SLICE", 8)
+    torch.manual_seed(0)
+    shapes = {"matrix": (5, 4), "vector": (9,), "scalar": ()}
+    ours = {n: torch.nn.Parameter(torch.randn(s).bfloat16()) for n, s in shapes.items()}
+    theirs = {n: torch.nn.Parameter(p.detach().float()) for n, p in ours.items()}
+    options = TrainingOptions(weight_decay=0.1)
+    optimizer = Optimizer(ours, options)
+    groups = [
+        {"params": [theirs["matrix"]]},
+        {"params": [theirs["vector"], theirs["scalar"]], "weight_decay": 0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
+    state: dict[str, torch.Tensor] = {}
+    for step in range(8):
+        for name in ours:
+            gradient = torch.randn(shapes[name]).bfloat16()
+            ours[name].grad, theirs[name].grad = gradient, gradient.float()
+        if step == 4:
+            state = {name: x.clone() for name, x in optimizer.state().items()}
+            optimizer = Optimizer(ours, options)
+            optimizer.restore(state)
+        optimizer.step(1e-3)
+        reference.step()
+    for name, exact in theirs.items():
+        found = optimizer.state()[f"{name}/master"]
+        torch.testing.assert_close(found, exact.detach(), atol=1e-6, rtol=1e-6)
+        # half a unit of bfloat16's last of 8 bits
+        torch.testing.assert_close(ours[name].detach().float(), found, atol=0, rtol=2**-8)
+    with pytest.raises(CheckpointError, match=r"of weights in another dtype than torch\.float32: matrix"):
+        Optimizer(theirs, options).restore(state)
+
+
+def test_halves_of_float32_values() -> None:
+    """Joined again they are the values to the bit; the upper half is the nearest bfloat16."""
+    torch.manual_seed(0)
+    values = torch.cat((torch.randn(4096) * 10 ** torch.linspace(-30, 30, 4096), torch.zeros(1)))
+    ties = (torch.randn(64).bfloat16().view(torch.int16).to(torch.int32) << 16) + (1 << 15)
+    values = torch.cat((values, ties.view(torch.float32), -ties.view(torch.float32)))
+    high, low = torch.empty_like(values, dtype=torch.bfloat16), torch.empty_like(values, dtype=torch.int16)
+    split(values, high, low)
+    assert torch.equal(joined(high, low), values)
+    nearest = (values.bfloat16().float() - values).abs()
+    assert torch.equal((high.float() - values).abs(), nearest)
 
 
 def test_frozen_parameters_do_not_change(model: Path, data: Path, tmp_path: Path) -> None:

@@ -7,16 +7,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from monoblock.backends.pytorch import heads
 from monoblock.training.tasks.base import IGNORED
 
-CHUNK = 1 << 24  # logits that exist at a time; 64 MB in float32
+CHUNK = 1 << 25  # bytes of the logits that exist at a time, and as many of gradients
+SOFTMAX = 1 << 21  # logits whose softmax is computed at a time in float32; 8 MB
+ADDED = 1 << 20  # elements of a gradient that are converted to float32 at a time
 
 
 def token_loss(model: Any, given: dict[str, Any], labels_bs: Tensor, causal: bool) -> Tensor:
-    """The sum of the cross-entropies of tokens with a label, of which at most `CHUNK` logits exist at a time. `causal`:
-    the label of a token is predicted at the token before it."""
+    """The sum of the cross-entropies of tokens with a label, whose logits exist for a chunk of tokens at a time.
+    `causal`: the label of a token is predicted at the token before it."""
     hidden_bsw = model.bare(**given, return_dict=True)[0]
     if causal:
         hidden_bsw, labels_bs = hidden_bsw[:, :-1], labels_bs[:, 1:]
@@ -37,7 +40,7 @@ def token_predictions(model: Any, given: dict[str, Any], labels_bs: Tensor) -> t
     hidden_bsw = model.bare(**given, return_dict=True)[0]
     labelled = labels_bs != IGNORED
     hidden_nw, labels_n = hidden_bsw[labelled], labels_bs[labelled]
-    size, total, best = max(1, CHUNK // model.spec.vocab), 0.0, []
+    size, total, best = _chunk(model, hidden_nw), 0.0, []
     for start in range(0, len(hidden_nw), size):
         logits_nv = heads.logits(model, hidden_nw[start : start + size]).float()
         total += float(F.cross_entropy(logits_nv, labels_n[start : start + size], reduction="sum"))
@@ -45,6 +48,11 @@ def token_predictions(model: Any, given: dict[str, Any], labels_bs: Tensor) -> t
     found_bs = torch.full_like(labels_bs, -1)
     found_bs[labelled] = torch.cat(best)
     return total, found_bs
+
+
+def _chunk(model: Any, hidden_nw: Tensor) -> int:
+    """The number of tokens whose logits exist at a time."""
+    return max(1, CHUNK // (model.spec.vocab * hidden_nw.element_size()))
 
 
 def _head_parameters(model: Any) -> list[nn.Parameter]:
@@ -65,26 +73,31 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, model: Any, hidden_nw: Tensor, labels_n: Tensor, *parameters: Tensor) -> Tensor:
         needs = ctx.needs_input_grad
-        size = max(1, CHUNK // model.spec.vocab)
+        size = _chunk(model, hidden_nw)
         total = torch.zeros((), dtype=torch.float32, device=hidden_nw.device)
         own = torch.zeros_like(hidden_nw) if needs[1] else None
         # Summed in float32, since bfloat16 would lose the small terms of many chunks.
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        buffer_nv: Tensor | None = None
         for start in range(0, len(hidden_nw), size):
             chunk = hidden_nw[start : start + size].detach()
             with torch.set_grad_enabled(any(needs)):
                 chunk.requires_grad_(bool(needs[1]))
-                logits_nv = heads.logits(model, chunk).float()
-                loss = F.cross_entropy(logits_nv, labels_n[start : start + size], reduction="sum")
-            total += loss.detach()
+                logits_nv = heads.logits(model, chunk)
+            if buffer_nv is None:  # pages of a large array are expensive, so that chunks share it
+                buffer_nv = torch.empty_like(logits_nv)
+            gradient_nv = buffer_nv[: len(chunk)]
+            total += _loss_and_gradient(logits_nv.detach(), labels_n[start : start + size], gradient_nv)
             wanted = [*([chunk] if needs[1] else []), *parameters]
-            if wanted and loss.requires_grad:
-                gradients = list(torch.autograd.grad(loss, wanted, allow_unused=True))
+            if wanted and logits_nv.requires_grad:
+                edge = get_gradient_edge(logits_nv)
+                del logits_nv  # their gradients take as much memory
+                gradients = list(torch.autograd.grad(edge, wanted, gradient_nv, allow_unused=True))
                 if own is not None:
                     own[start : start + size] = gradients.pop(0)
                 for sum_, gradient in zip(sums, gradients, strict=True):
                     if gradient is not None:
-                        sum_ += gradient
+                        _add(gradient, sum_)
         ctx.own, ctx.sums, ctx.dtypes = own, sums, [p.dtype for p in parameters]
         return total
 
@@ -94,3 +107,24 @@ class _ChunkedLoss(torch.autograd.Function):
         own = None if ctx.own is None else ctx.own.mul_(gradient)
         sums = [s.mul_(gradient).to(dtype) for s, dtype in zip(ctx.sums, ctx.dtypes, strict=True)]
         return (None, own, None, *sums)
+
+
+def _add(gradient: Tensor, to: Tensor) -> None:
+    """Add to a float32 sum; by rows, since PyTorch converts an argument of another dtype as a whole."""
+    rows = max(1, ADDED // to[0].numel())
+    for start in range(0, len(to), rows):
+        to[start : start + rows] += gradient[start : start + rows]
+
+
+def _loss_and_gradient(logits_nv: Tensor, labels_n: Tensor, gradient_nv: Tensor) -> Tensor:
+    """The sum of the cross-entropies. `gradient_nv` becomes its gradient: softmax(logits) less one at the labels."""
+    total = torch.zeros((), dtype=torch.float32, device=logits_nv.device)
+    rows = max(1, SOFTMAX // logits_nv.shape[1])
+    for start in range(0, len(logits_nv), rows):
+        at = labels_n[start : start + rows, None]
+        log_probs = torch.log_softmax(logits_nv[start : start + rows], -1, dtype=torch.float32)
+        own = log_probs.gather(1, at)
+        total -= own.sum()
+        # exp(own) - 1 exactly where the probability is nearly one
+        gradient_nv[start : start + rows] = log_probs.exp_().scatter_(1, at, own.expm1())
+    return total

@@ -12,6 +12,8 @@ from torch.optim.adamw import adamw
 from monoblock.errors import CheckpointError
 from monoblock.training.options import TrainingOptions
 
+SLICE = 1 << 19  # parameters that are updated at a time where they have copies: 10 MB with all states
+
 
 class Moments(NamedTuple):
     """The state of a parameter: the number of its steps, and the means of its gradients and of their squares."""
@@ -27,19 +29,40 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and "bias" not in name
 
 
+def joined(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 values of which `split` wrote the halves."""
+    bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low
+    return bits.view(torch.float32)
+
+
+def split(values: Tensor, high: Tensor, low: Tensor) -> None:
+    """Write float32 values as bfloat16, rounded to the nearest (ties away from zero), and as what the rounding left,
+    in units of the last bit: at most half of a unit of bfloat16, which are 16 bits with their sign."""
+    bits = values.view(torch.int32)
+    upper = (bits + (1 << 15)) >> 16
+    high.copy_(upper.to(torch.int16).view(torch.bfloat16))
+    low.copy_(bits - (upper << 16))
+
+
 class Optimizer:
-    """Steps of AdamW (Loshchilov and Hutter, arXiv 1711.05101). A step of a bfloat16 parameter updates its float32
-    copy, since most steps are smaller than half a unit of bfloat16's last bit."""
+    """Steps of AdamW (Loshchilov and Hutter, arXiv 1711.05101). A step of a bfloat16 parameter updates a float32 copy,
+    since most steps are smaller than half a unit of bfloat16's last bit. Of the copy only the lower 16 bits are kept,
+    less the carry of rounding: the parameter is the upper half."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], options: TrainingOptions) -> None:
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.masters = {
-            name: nn.Parameter(p.detach().float()) if p.dtype != torch.float32 else p
+        for name, parameter in self.parameters.items():
+            if parameter.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"{name} is {parameter.dtype}; training takes float32 or bfloat16")
+        # Contiguous, whatever the parameter's strides: slices are taken of the rows of both.
+        self.lows = {
+            name: torch.zeros(p.shape, dtype=torch.int16, device=p.device)
             for name, p in self.parameters.items()
+            if p.dtype == torch.bfloat16
         }
         self.moments: dict[str, Moments] = {}
         self.options = options
-        self.fused = all(p.device.type in ("cpu", "cuda") for p in self.masters.values())
+        self.fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters.values())
 
     def gradient_norm(self) -> float:
         """The norm of all gradients, which are then clipped to `max_grad_norm`, unless it is 0."""
@@ -57,31 +80,66 @@ class Optimizer:
                 ]
                 if names:
                     self._update(names, learning_rate, self.options.weight_decay if wanted else 0.0)
-            for name, parameter in self.parameters.items():
-                if parameter.grad is not None and self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
+            for parameter in self.parameters.values():
                 parameter.grad = None
 
     def _update(self, names: Sequence[str], learning_rate: float, weight_decay: float) -> None:
-        """The step of some parameters. The function instead of the class `torch.optim.AdamW`, whose constructor imports
-        PyTorch's compiler."""
+        """The step of some parameters."""
         for name in names:
             if name not in self.moments:
-                like = self.masters[name]
+                like = self.parameters[name]
                 self.moments[name] = Moments(
                     torch.zeros((), device=like.device if self.fused else None),
-                    torch.zeros_like(like, requires_grad=False),
-                    torch.zeros_like(like, requires_grad=False),
+                    torch.zeros(like.shape, device=like.device),
+                    torch.zeros(like.shape, device=like.device),
                 )
-        found = [self.moments[name] for name in names]
-        gradients: list[Any] = [self.parameters[name].grad for name in names]
+        exact = [name for name in names if name not in self.lows]
+        if exact:
+            self._adamw(
+                [self.parameters[name] for name in exact],
+                [self.parameters[name].grad for name in exact],
+                [self.moments[name] for name in exact],
+                learning_rate,
+                weight_decay,
+            )
+        for name in names:
+            if name in self.lows:
+                self._update_halves(name, learning_rate, weight_decay)
+
+    def _update_halves(self, name: str, learning_rate: float, weight_decay: float) -> None:
+        """The step of a bfloat16 parameter, by rows: a slice of all its states stays in the cache."""
+        parameter, moments = self.parameters[name], self.moments[name]
+        assert parameter.grad is not None
+        whole = [parameter.detach(), self.lows[name], parameter.grad, moments.exp_avg, moments.exp_avg_sq]
+        if parameter.ndim == 0:
+            whole = [x[None] for x in whole]
+        rows = max(1, SLICE // max(1, whole[0][0].numel()))
+        step = moments.step
+        for start in range(0, len(whole[0]), rows):
+            own, low, gradient, mean, square = (x[start : start + rows] for x in whole)
+            master, step = joined(own, low), moments.step.clone()
+            self._adamw(
+                [master], [gradient.float()], [Moments(step, mean, square)], learning_rate, weight_decay
+            )
+            split(master, own, low)
+        moments.step.copy_(step)
+
+    def _adamw(
+        self,
+        parameters: list[Tensor],
+        gradients: list[Any],
+        moments: Sequence[Moments],
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        """The function instead of the class `torch.optim.AdamW`, whose constructor imports PyTorch's compiler."""
         adamw(
-            [self.masters[name] for name in names],
-            [gradient.float() for gradient in gradients],
-            [moments.exp_avg for moments in found],
-            [moments.exp_avg_sq for moments in found],
+            parameters,
+            gradients,
+            [found.exp_avg for found in moments],
+            [found.exp_avg_sq for found in moments],
             [],
-            [moments.step for moments in found],
+            [found.step for found in moments],
             fused=self.fused,
             foreach=False,
             amsgrad=False,
@@ -96,9 +154,9 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """The state by `parameter/state`; float32 copies are the state `master`."""
         found: dict[str, Tensor] = {}
-        for name, parameter in self.masters.items():
-            if parameter is not self.parameters[name]:
-                found[f"{name}/master"] = parameter.detach()
+        for name, parameter in self.parameters.items():
+            if name in self.lows:
+                found[f"{name}/master"] = joined(parameter.detach(), self.lows[name])
             if name in self.moments:
                 found |= {f"{name}/{key}": value for key, value in self.moments[name]._asdict().items()}
         return found
@@ -108,11 +166,11 @@ class Optimizer:
         states: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, part = key.rpartition("/")
-            if name not in self.masters or part not in (*Moments._fields, "master"):
+            if name not in self.parameters or part not in (*Moments._fields, "master"):
                 raise CheckpointError(
                     f"the checkpoint's optimizer has {key!r}, which this run does not train"
                 )
-            shape = () if part == "step" else tuple(self.masters[name].shape)
+            shape = () if part == "step" else tuple(self.parameters[name].shape)
             if tuple(value.shape) != shape or value.dtype != torch.float32:
                 raise CheckpointError(
                     f"the checkpoint's {key!r} is {tuple(value.shape)} of {value.dtype}, expected {shape} of float32"
@@ -120,16 +178,20 @@ class Optimizer:
             states.setdefault(name, {})[part] = value
         with torch.no_grad():
             for name, parts in states.items():
-                master = self.masters[name]
-                if (stored := parts.pop("master", None)) is not None:
-                    master.copy_(stored)
-                    self.parameters[name].copy_(master)
+                parameter = self.parameters[name]
+                stored = parts.pop("master", None)
+                if (stored is None) == (name in self.lows):
+                    raise CheckpointError(
+                        f"the checkpoint's optimizer is of weights in another dtype than {parameter.dtype}: {name}"
+                    )
+                if stored is not None:
+                    split(stored.to(parameter.device), parameter.detach(), self.lows[name])
                 if parts and parts.keys() != set(Moments._fields):
                     raise CheckpointError(f"the checkpoint's optimizer lacks a state of {name!r}")
                 if parts:
                     self.moments[name] = Moments(
                         **{
-                            key: value.to(master.device if key != "step" or self.fused else "cpu")
+                            key: value.to(parameter.device if key != "step" or self.fused else "cpu")
                             for key, value in parts.items()
                         }
                     )
