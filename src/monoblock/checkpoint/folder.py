@@ -1,5 +1,6 @@
 """Write a whole folder atomically; extract archives; copy files."""
 
+import re
 import shutil
 import tarfile
 from collections.abc import Generator, Mapping
@@ -11,13 +12,16 @@ from monoblock.checkpoint.stages import scratch
 from monoblock.checkpoint.transaction import staged, write_atomically
 from monoblock.errors import CheckpointError
 
+# Folders inside a model folder: templates, exported graphs, and modules of sentence-transformers.
+_FOLDERS = re.compile(r"additional_chat_templates|onnx|openvino|\d+_\w+")
+
 
 @contextmanager
 def new_folder(target: Path, *, replace: bool) -> Generator[Path, None, None]:
     """An empty staging folder that becomes `target` when the block succeeds and is removed otherwise.
 
     A target with files is refused, unless `replace`: then its files are removed when the new ones are complete. A
-    target with subfolders is never replaced, since it is no model folder.
+    target with subfolders other than those of models is never replaced, since it is no model folder.
     """
     check_target(target, replace=replace)
     with staged(target, whole=True) as stage:
@@ -34,7 +38,7 @@ def check_target(target: Path, *, replace: bool) -> None:
             f"{target} holds files already ({content[0].name}, ...): choose a new folder, or replace it with --force "
             "(force=True)"
         )
-    if folders := [path for path in content if path.is_dir() and path.name != "additional_chat_templates"]:
+    if folders := [path for path in content if path.is_dir() and not _FOLDERS.fullmatch(path.name)]:
         raise CheckpointError(
             f"{target} is not replaced: it has a subfolder ({folders[0].name}), so it is no model folder; "
             "choose a new folder"

@@ -18,6 +18,7 @@ COMMANDS = (
     "attention",
     "info",
     "convert",
+    "export",
     "quantize",
     "finetune",
     "evaluate",

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import DownloadOptions, Dtype, shard_size
+from monoblock.cli.progress import phases
 
 if TYPE_CHECKING:
     from monoblock.conversion.compare import Comparison
-    from monoblock.conversion.convert import Progress, Result
+    from monoblock.conversion.convert import Result
 
 app = sub_app()
 
@@ -112,7 +110,7 @@ def convert(
         force=force,
         hub=HubOptions(**hub.kwargs()),
     )
-    with _progress() as progress:
+    with phases() as progress:
         result = run(source, target, options, progress)
     _show(result, target)
 
@@ -144,34 +142,9 @@ def _gguf(
         force=force,
         hub=HubOptions(**hub.kwargs()),
     )
-    with _progress() as progress:
+    with phases() as progress:
         result = convert_to_gguf(source, target, options, progress)
     _show(result, target)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Report progress on stderr: bars at a terminal, else a line at the start and at the end of each phase."""
-    if not sys.stderr.isatty():
-        yield _line
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    with Bars(console=Console(stderr=True), transient=True) as bars:
-        steps: dict[str, Any] = {}
-
-        def show(done: int, of: int, what: str) -> None:
-            if what not in steps:
-                steps[what] = bars.add_task(what, total=of)
-            bars.update(steps[what], completed=done)
-
-        yield show
-
-
-def _line(done: int, of: int, what: str) -> None:
-    if done in (0, of):
-        console.note(f"{what}: done" if done else f"{what} ...")
 
 
 def _show(result: Result, target: str) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
 from monoblock.cli import console
 
@@ -47,3 +48,29 @@ def _lines(total: int | None, resumed: int, unit: str) -> Callable[..., None]:
 
 def _speed(count: int, begin: float, unit: str) -> str:
     return f"{count / max(time.monotonic() - begin, 1e-9):,.0f} {unit}/s"
+
+
+@contextmanager
+def phases() -> Generator[Callable[[int, int, str], None]]:
+    """A function `show(done, total, phase)`: a bar for each phase at a terminal, else a line at its start and at its
+    end."""
+    if not sys.stderr.isatty():
+        yield _phase
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        steps: dict[str, Any] = {}
+
+        def show(done: int, of: int, what: str) -> None:
+            if what not in steps:
+                steps[what] = bars.add_task(what, total=of)
+            bars.update(steps[what], completed=done)
+
+        yield show
+
+
+def _phase(done: int, of: int, what: str) -> None:
+    if done in (0, of):
+        console.note(f"{what}: done" if done else f"{what} ...")

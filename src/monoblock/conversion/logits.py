@@ -14,3 +14,15 @@ class LogitComparison:
     difference: float
     magnitude: float
     agreement: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphComparison:
+    """An exported graph and its model on random sequences of these `shapes` (rows, cached tokens, new tokens): largest
+    absolute `difference` of their outputs, largest `magnitude` of these, and `agreement`, the fraction of vectors with
+    the same argmax (None: there are no vectors)."""
+
+    shapes: tuple[tuple[int, int, int], ...]
+    difference: float
+    magnitude: float
+    agreement: float | None

@@ -18,8 +18,8 @@ from monoblock.field_types import checked
 FORMAT = "3.0.0"  # the first version of the package that reads all keys that are written here
 CONFIG = "config_sentence_transformers.json"
 TRANSFORMER = "sentence_bert_config.json"
-# Older names of the transformer module's config.
-_TRANSFORMER = (
+# The transformer module's config, and its older names.
+TRANSFORMER_NAMES = (
     TRANSFORMER,
     *(
         f"sentence_{name}_config.json"
@@ -99,7 +99,7 @@ def read_settings(name: str | Path, options: HubOptions) -> ModelSettings:
 
 def read_transformer(name: str | Path, options: HubOptions) -> tuple[dict[str, Any], Path | None]:
     """The transformer module's config, under any of its names, and its path."""
-    for filename in _TRANSFORMER:
+    for filename in TRANSFORMER_NAMES:
         if (path := find_file(name, filename, options, required=False)) is not None:
             return read_json(path), path
     return {}, None

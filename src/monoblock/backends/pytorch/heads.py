@@ -109,10 +109,11 @@ def last_tokens(
     kept = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, -s:] != 0
     if (real := not_pad if kept is None else kept) is None:
         return hidden_bsw[:, -1]
-    rank = torch.arange(1, s + 1, device=hidden_bsw.device)
-    rank = rank * real.to(rank.device)
+    counted = torch.arange(1, s + 1, device=hidden_bsw.device)
+    rank = counted * real.to(counted.device)
     if kept is not None and not_pad is not None and head.last_by == "pad_id":
-        rank = rank + s * (kept & not_pad).to(rank.device)
+        # `counted[-1]` is s, as a tensor: the ONNX exporter multiplies no booleans by a symbolic number.
+        rank = rank + counted[-1] * (kept & not_pad).to(counted.device)
     return hidden_bsw[torch.arange(b, device=rank.device), rank.argmax(-1)]
 
 

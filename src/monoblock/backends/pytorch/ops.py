@@ -168,8 +168,10 @@ class Scope:
         """The same scope with a window, over the last `kept` keys; equal windows share one."""
         found = self.narrow.get(window)  # `kept` may be symbolic, and then is no key
         if found is None or not (self.aligned or found.index_k.shape[0] == kept):
-            # Aligned keys are all kept; the older ONNX exporter would take `kept` for a constant.
-            cut = slice(None) if self.aligned else slice(self.index_k.shape[0] - kept, None)
+            # Aligned keys are all kept; the older ONNX exporter would take `kept` for a constant. A slice from a
+            # symbolic 0 on would have an unknown length in exported programs.
+            every = self.aligned or kept == self.index_k.shape[0]
+            cut = slice(None) if every else slice(self.index_k.shape[0] - kept, None)
             found = self.narrow[window] = replace(
                 self,
                 window=window,
