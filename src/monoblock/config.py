@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.hub import find_file, find_gguf, in_gguf
+from monoblock.checkpoint.mlx_config import with_method
 from monoblock.checkpoint.options import HubOptions
 from monoblock.config_fields import COMMON, QUIET, REFUSED, TYPES
 from monoblock.config_tools import ToolFacts, foreign_fields
@@ -344,7 +345,7 @@ class PretrainedConfig(ToolFacts):
         unused = kwargs.pop("return_unused_kwargs", False)
         known = cls.known_fields() | config_dict.keys()
         fields = kwargs if not unused else {k: v for k, v in kwargs.items() if k in known}
-        merged = {**config_dict, **fields}
+        merged = dict(with_method({**config_dict, **fields}))
         if "num_labels" in fields and "id2label" not in fields:
             merged = {k: v for k, v in merged.items() if k not in ("id2label", "label2id")}
         config = cls(**merged)

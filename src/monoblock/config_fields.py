@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bidirectional_attention": ((False,), "this family's mask is fixed"),
     "bidirectional": ((False,), "this family's mask is fixed"),
     "attention_sink": ((False,), "no family here has attention sinks"),
-    "quantization": ((), "weights quantised by MLX are not supported: use the original checkpoint"),
+    "quantization": ((), "only MLX's bits and group_size are, as the one declaration of quantised weights"),
     "compression_config": (
         (),
         "weights compressed by other tools are not supported: use the original checkpoint",

@@ -120,7 +120,7 @@ def compare(name: str, model: Any, result: Exported, run: Run) -> None:
             for output, arrays in found.items():
                 values, wanted = np.concatenate(arrays, axis=1), expected[output].numpy()
                 if wanted.shape[: ids.dim()] == tuple(ids.shape):
-                    values, wanted = values[mask != 0], wanted[mask != 0]
+                    values, wanted = values[mask.numpy() != 0], wanted[mask.numpy() != 0]
                 np.testing.assert_allclose(
                     values, wanted, rtol=1e-5, atol=ATOL, err_msg=f"{output}, {(rows, cached, new, padding)}"
                 )

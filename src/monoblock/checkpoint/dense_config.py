@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from monoblock.checkpoint.mlx_config import MLX, MlxDeclaration, parse_mlx
 from monoblock.checkpoint.packed_config import (
     BITSANDBYTES,
     COMPRESSED,
@@ -23,7 +24,7 @@ from monoblock.errors import UnsupportedConfig
 from monoblock.field_types import brief
 
 FP8 = "fp8"
-ALL_METHODS = (*METHODS, FP8, BITSANDBYTES)
+ALL_METHODS = (*METHODS, FP8, BITSANDBYTES, MLX)
 _MAX_BLOCK = 1 << 20
 # Fields of "fp8". Those without an entry in _VALUES list modules, which the tensors show, or are checked on their own.
 _FP8_FIELDS = frozenset(
@@ -81,10 +82,12 @@ class DenseDeclaration:
         return f"float8 by {self.source}, a scale per {sizes}; loaded as bfloat16"
 
 
-def declared(given: Mapping[str, Any], owner: str) -> PackedDeclaration | DenseDeclaration:
+def declared(given: Mapping[str, Any], owner: str) -> PackedDeclaration | DenseDeclaration | MlxDeclaration:
     """The declaration in a dict whose `quant_method` is in ALL_METHODS; UnsupportedConfig names `owner` and a field
     that is missing, unknown, or whose value is not supported."""
     method = given.get("quant_method")
+    if method == MLX:
+        return parse_mlx(given, owner)
     if method == FP8:
         return _fp8(given, owner)
     if method == COMPRESSED and given.get("format") == "float-quantized":

@@ -17,6 +17,8 @@ from monoblock.checkpoint.quantized import COMPONENTS
 
 Array = np.ndarray[Any, Any]
 RUN = 128  # inputs are padded to a multiple of this
+# Matrices that one product multiplies by, which therefore have one format.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("Wq", "Wk", "Wv"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,13 @@ class PackedForm:
         """The shape of a component of a matrix of that shape."""
         padded = -(-shape[1] // RUN) * RUN
         return shape[0], padded * self.bits // 8 if component == "codes" else padded // self.group
+
+
+def fused_members(stem: str) -> list[str]:
+    """The matrices that are fused with this one, itself included; names without ".weight"."""
+    owner, _, own = stem.rpartition(".")
+    group = next((group for group in _FUSED if own in group), (own,))
+    return [f"{owner}.{member}" if owner else member for member in group]
 
 
 def common_form(forms: Iterable[PackedForm]) -> PackedForm:

@@ -32,7 +32,9 @@ import numpy as np
 from monoblock.checkpoint import casts
 from monoblock.checkpoint.array_adapters import adapter
 from monoblock.checkpoint.bnb_tensors import STATE
-from monoblock.checkpoint.packed import RUN, Array, PackedForm, pack_codes, pack_groups
+from monoblock.checkpoint.mlx_config import MLX
+from monoblock.checkpoint.mlx_tensors import is_mlx
+from monoblock.checkpoint.packed import RUN, Array, PackedForm, fused_members, pack_codes, pack_groups
 from monoblock.checkpoint.packed_config import BITSANDBYTES, COMPRESSED, PackedDeclaration
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
@@ -57,8 +59,6 @@ _MORE = (
     ".output_zero_point",
 )
 _GROUPS = (16, 32, 64, 128)
-# Matrices that one product multiplies by, which therefore have one format.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("Wq", "Wk", "Wv"))
 _AWQ_ORDER = np.array((0, 4, 1, 5, 2, 6, 3, 7))  # where the outputs of a word are
 _CHUNK = 1 << 21  # weights that are unpacked at a time
 
@@ -79,7 +79,9 @@ class PackedTensors:
         self._shapes = {stem: self._checked_shape(stem) for stem in stems}
         forms = {stem: self._form(stem) for stem in stems}
         for stem in stems:
-            here = [member for member in _members(stem) if member in forms or f"{member}.weight" in names]
+            here = [
+                member for member in fused_members(stem) if member in forms or f"{member}.weight" in names
+            ]
             if any(forms.get(member) is None for member in here):  # not packed, or not quantised
                 forms |= dict.fromkeys((member for member in here if member in forms), None)
         # Name -> the matrix and the component, or the stored name.
@@ -325,17 +327,12 @@ class PackedTensors:
         return made
 
 
-def _members(stem: str) -> list[str]:
-    """The matrices that are fused with this one, itself included."""
-    owner, _, own = stem.rpartition(".")
-    group = next((group for group in _FUSED if own in group), (own,))
-    return [f"{owner}.{member}" if owner else member for member in group]
-
-
 def recognised(tensors: Tensors) -> str | None:
     """The tool that made these tensors, by their names, dtypes and shapes; None if there are no codes. "float8" may be
     fp8's or compressed-tensors'."""
     names = dict.fromkeys(tensors)
+    if is_mlx(tensors, list(names)):
+        return MLX
     if any(STATE in name or name.endswith(".weight.absmax") for name in names):
         return f"{BITSANDBYTES} (4 bits)"
     if any(name.endswith(".SCB") for name in names):

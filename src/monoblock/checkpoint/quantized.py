@@ -43,7 +43,8 @@ def refuse(tensors: Tensors) -> None:
     """CheckpointError if there are quantised matrices, for readers that do not support them."""
     for name in tensors:
         dense = name.endswith((".weight_scale_inv", ".weight.absmax")) or tensors.dtype(name).startswith("F8")
-        if dense or name.endswith((*_ENDINGS, ".qweight", ".weight_packed", ".weight_scale", ".SCB")):
+        mlx = name.endswith(".weight") and tensors.dtype(name) == "U32"
+        if dense or mlx or name.endswith((*_ENDINGS, ".qweight", ".weight_packed", ".weight_scale", ".SCB")):
             then = "" if dense else "call dequantize(), "
             raise CheckpointError(
                 f"{tensors.path(name).name} holds quantised weights ({name}), which only the PyTorch classes read: "

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monoblock.backends.pytorch.export import GraphInterface
+from monoblock.backends.pytorch.export import TOKENS, GraphInterface
 from monoblock.conversion.logits import GraphComparison
 from monoblock.spec import ArchSpec, Learned
 
@@ -47,7 +47,8 @@ def compare_graph(model: Any, names: GraphInterface, run: Run) -> GraphCompariso
         expected = _expected(model, names, case)
         found = _found(model.spec, names, case, run)
         for name, values in expected.items():
-            kept = _kept(values, case)
+            per_token = TOKENS in names.outputs[name].values()
+            kept = case.mask.numpy() != 0 if per_token else slice(None)
             a, b = values.numpy()[kept], found[name][kept]
             if found[name].shape != tuple(values.shape):
                 raise ValueError(f"{name} is {found[name].shape}, expected {tuple(values.shape)}")
@@ -62,14 +63,6 @@ def compare_graph(model: Any, names: GraphInterface, run: Run) -> GraphCompariso
     return GraphComparison(
         shapes=tuple(shapes), difference=difference, magnitude=magnitude, agreement=agreement
     )
-
-
-def _kept(values: Tensor, case: _Case) -> np.ndarray:
-    """True where an output is compared: at tokens that are no padding; all of an output without tokens."""
-    tokens = case.ids.shape[-1]
-    if values.shape[: case.ids.dim()] == case.ids.shape and tokens > 1:
-        return case.mask.numpy() != 0
-    return np.ones(values.shape[:1], bool)
 
 
 def _cases(model: Any, cached: bool) -> Iterator[_Case]:

@@ -24,6 +24,8 @@ from monoblock.checkpoint.dense_tensors import Float8Tensors
 from monoblock.checkpoint.hub import HubOptions, find_file, read_json
 from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
 from monoblock.checkpoint.matching import LoadReport, match_tensors
+from monoblock.checkpoint.mlx_config import MLX, MlxDeclaration
+from monoblock.checkpoint.mlx_tensors import MlxTensors
 from monoblock.checkpoint.packed_config import BITSANDBYTES, COMPRESSED, FILES
 from monoblock.checkpoint.packed_tensors import PackedTensors, recognised
 from monoblock.checkpoint.weights import Tensors
@@ -33,7 +35,7 @@ from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfi
 
 log = logging.getLogger("monoblock")
 
-_TITLES = {"gptq": "GPTQ", "awq": "AWQ", "float8": f"fp8 or {COMPRESSED} (float-quantized)"}
+_TITLES = {"gptq": "GPTQ", "awq": "AWQ", MLX: "MLX", "float8": f"fp8 or {COMPRESSED} (float-quantized)"}
 
 Device = Callable[[str], torch.device]
 
@@ -74,7 +76,7 @@ def load(
     expected: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in quantized.COMPONENTS}
     for canonical, source in held.items():
         rows, columns = shapes[canonical]
-        if isinstance(store, PackedTensors):
+        if isinstance(store, PackedTensors | MlxTensors):
             _check_inputs(store, source, columns)
         has = {kind: canonical in sources for kind, sources in kinds.items()}
         bits, group = _form(source.names[0], parts, has, how, columns)
@@ -116,7 +118,7 @@ def load(
     return LoadReport(unused=unused, extra=extra)
 
 
-def _check_inputs(store: PackedTensors, source: TensorSource, columns: int) -> None:
+def _check_inputs(store: PackedTensors | MlxTensors, source: TensorSource, columns: int) -> None:
     """ShapeMismatch: a matrix has another number of inputs, which its padded codes may not show."""
     for name in source.names:
         if (inputs := store.inputs(name)) != columns:
@@ -194,6 +196,8 @@ def opened(store: Tensors, config: Any, name: Any, hub: HubOptions) -> Tensors:
     if isinstance(how, DenseDeclaration):
         del config.quantization_config
         return FourBitTensors(store, "pt") if how.source == BITSANDBYTES else Float8Tensors(store, how, "pt")
+    if isinstance(how, MlxDeclaration):
+        return MlxTensors(store, how, "pt")
     spec = config.to_spec()
     biases = spec.attention.qkv_bias or spec.attention.out_bias or spec.mlp.bias
     return PackedTensors(store, how, "pt", biases=biases)
