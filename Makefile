@@ -11,6 +11,8 @@ OLDEST_TESTS_core := tests/core
 OLDEST_TESTS_torch := tests/torch tests/cli
 OLDEST_TESTS_jax := tests/flax
 OLDEST_TESTS_tf := tests/tf
+# optimum's packages need older versions of transformers than the others, two different ones.
+OPTIMUM := onnx openvino
 DOCS_VENV := .venv-docs
 PYTHON    ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then command -v $$p; break; fi; done)
@@ -22,7 +24,7 @@ INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monobl
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types test-core test-all test-page test-ecosystem docs clean
+.PHONY: help demo test lint format types test-core test-all test-page test-ecosystem test-optimum docs clean
 .PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest wheel mutate
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
@@ -68,6 +70,13 @@ test-ecosystem: $(ECOSYSTEM_VENV)/.installed ## models with peft, trl, accelerat
 	@echo "== packages that use models: peft, trl, accelerate, ..."
 	@MONOBLOCK_TEST_ECOSYSTEM=1 $(ECOSYSTEM_VENV)/bin/python -m pytest tests/ecosystem
 
+test-optimum: $(OPTIMUM:%=test-optimum-%) ## exported folders in optimum's classes and sentence-transformers' backends
+
+test-optimum-%: .venv-optimum-%/.installed
+	@echo "== exported folders in optimum: $*"
+	@MONOBLOCK_TEST_ECOSYSTEM=1 USE_TF=0 USE_FLAX=0 .venv-optimum-$*/bin/python -m pytest \
+		tests/ecosystem/test_export_files.py -k "(optimum or sentence_transformers) and $*"
+
 test-oldest: $(OLDEST:%=test-oldest-%) ## the tests with the oldest versions that pyproject.toml admits
 
 test-oldest-core: export MONOBLOCK_TEST_NO_FRAMEWORK = 1
@@ -112,7 +121,7 @@ fuzz-readers: $(VENV)/.installed-test ## 20,000 fuzzed inputs for each reader of
 	@$(VENV)/bin/python tests/fuzz/run.py
 
 clean: ## remove the environments and all caches
-	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) $(DIST_VENV) $(DOCS_VENV) $(OLDEST:%=.venv-oldest-%) site
+	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) $(DIST_VENV) $(DOCS_VENV) $(OLDEST:%=.venv-oldest-%) $(OPTIMUM:%=.venv-optimum-%) site
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -170,6 +179,15 @@ $(DIST_VENV)/.installed: $(INSTALLED) | $(DIST_VENV)/bin/python
 	$(call make_venv,.venv-oldest-$*)
 	@echo "== installing the oldest $* into .venv-oldest-$*"
 	@.venv-oldest-$*/bin/python -m pip --disable-pip-version-check --quiet install -r tools/oldest/$*.txt
+
+# The other packages are those of the ecosystem's environment.
+.venv-optimum-%/.installed: $(ECOSYSTEM_VENV)/.installed tools/optimum/%.txt
+	$(call make_venv,.venv-optimum-$*)
+	@echo "== installing optimum for $* into .venv-optimum-$*"
+	@$(ECOSYSTEM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(.venv-optimum-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz_ecosystem.pth"
+	@.venv-optimum-$*/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r tools/optimum/$*.txt
+	@touch $@
 
 $(DOCS_VENV)/.installed: $(INSTALLED) | $(DOCS_VENV)/bin/python
 	@echo "== installing monoblock with the documentation tools into $(DOCS_VENV)"

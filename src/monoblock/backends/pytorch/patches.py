@@ -71,7 +71,8 @@ def _sets(patches: Any, size: int) -> list[Tensor]:
 
 def _in_order(sets: list[Tensor], ids_bs: Tensor, token_id: int, readable: bool) -> Tensor:
     """(b, s) which patch of all each token is, -1 for none; beyond them if there are not as many as tokens."""
-    total, is_patch = sum(map(len, sets)), (ids_bs == token_id).flatten()
+    # Not len(), which would make the number of patches a constant of an exported program.
+    total, is_patch = sum(own.shape[0] for own in sets), (ids_bs == token_id).flatten()
     if readable and total != (count := int(is_patch.sum())):
         raise ValueError(
             f"{total} image patches for {count} tokens of the id {token_id}: without "
