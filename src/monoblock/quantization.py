@@ -9,6 +9,7 @@ from typing import Any, cast
 from monoblock.checkpoint.dense_config import ALL_METHODS, DenseDeclaration, declared
 from monoblock.checkpoint.mlx_config import MLX
 from monoblock.checkpoint.packed_config import BITSANDBYTES, METHODS
+from monoblock.checkpoint.torchao_tensors import TORCHAO
 from monoblock.errors import UnsupportedConfig
 from monoblock.field_types import brief, checked
 
@@ -17,7 +18,7 @@ LOSSLESS = 12  # bits
 # unknown name and returns a model with random weights; without `quant_method`, transformers raises an error.
 METHOD = "monoblock"
 # Tools whose quantised weights are read.
-SOURCES = ("gguf", *METHODS, BITSANDBYTES, MLX)
+SOURCES = ("gguf", *METHODS, BITSANDBYTES, MLX, TORCHAO)
 _TITLES = {"gguf": "GGUF", "gptq": "GPTQ", "awq": "AWQ", MLX: "MLX"}
 
 
@@ -31,10 +32,10 @@ class WeightOnlyConfig:
     weights, without groups. `modules_to_not_convert`: names of modules to leave unquantised, as in `named_modules()` or
     in transformers, full or last component.
 
-    `source` ("gguf", "gptq", "awq", "compressed-tensors", "bitsandbytes", "mlx") marks weights that another tool
-    quantised and that are kept as they are: bits, groups (of 16 to 128) and the choice of matrices are those of the
-    tensors, `bits` and `group_size` the most frequent ones. It is set by loading such a checkpoint; weights cannot be
-    quantised with it.
+    `source` ("gguf", "gptq", "awq", "compressed-tensors", "bitsandbytes", "mlx", "torchao") marks weights that another
+    tool quantised and that are kept as they are: bits, groups (of 16 to 128) and the choice of matrices are those of
+    the tensors, `bits` and `group_size` the most frequent ones. It is set by loading such a checkpoint; weights cannot
+    be quantised with it.
     """
 
     bits: int = 8

@@ -20,11 +20,12 @@ from monoblock.checkpoint.packed_config import (
     compressed_scheme,
     parse_declaration,
 )
+from monoblock.checkpoint.torchao_tensors import TORCHAO, TorchaoDeclaration, parse_torchao
 from monoblock.errors import UnsupportedConfig
 from monoblock.field_types import brief
 
 FP8 = "fp8"
-ALL_METHODS = (*METHODS, FP8, BITSANDBYTES, MLX)
+ALL_METHODS = (*METHODS, FP8, BITSANDBYTES, MLX, TORCHAO)
 _MAX_BLOCK = 1 << 20
 # Fields of "fp8". Those without an entry in _VALUES list modules, which the tensors show, or are checked on their own.
 _FP8_FIELDS = frozenset(
@@ -82,12 +83,17 @@ class DenseDeclaration:
         return f"float8 by {self.source}, a scale per {sizes}; loaded as bfloat16"
 
 
-def declared(given: Mapping[str, Any], owner: str) -> PackedDeclaration | DenseDeclaration | MlxDeclaration:
+Declaration = PackedDeclaration | DenseDeclaration | MlxDeclaration | TorchaoDeclaration
+
+
+def declared(given: Mapping[str, Any], owner: str) -> Declaration:
     """The declaration in a dict whose `quant_method` is in ALL_METHODS; UnsupportedConfig names `owner` and a field
     that is missing, unknown, or whose value is not supported."""
     method = given.get("quant_method")
     if method == MLX:
         return parse_mlx(given, owner)
+    if method == TORCHAO:
+        return parse_torchao(given, owner)
     if method == FP8:
         return _fp8(given, owner)
     if method == COMPRESSED and given.get("format") == "float-quantized":

@@ -36,6 +36,7 @@ from monoblock.checkpoint.mlx_config import MLX
 from monoblock.checkpoint.mlx_tensors import is_mlx
 from monoblock.checkpoint.packed import RUN, Array, PackedForm, fused_members, pack_codes, pack_groups
 from monoblock.checkpoint.packed_config import BITSANDBYTES, COMPRESSED, PackedDeclaration
+from monoblock.checkpoint.torchao_tensors import TORCHAO
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
 
@@ -333,6 +334,8 @@ def recognised(tensors: Tensors) -> str | None:
     names = dict.fromkeys(tensors)
     if is_mlx(tensors, list(names)):
         return MLX
+    if any(name.endswith("._weight_qdata") for name in names):
+        return TORCHAO
     if any(STATE in name or name.endswith(".weight.absmax") for name in names):
         return f"{BITSANDBYTES} (4 bits)"
     if any(name.endswith(".SCB") for name in names):

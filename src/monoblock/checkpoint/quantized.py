@@ -16,6 +16,8 @@ from monoblock.checkpoint.weights import RenamedTensors, Tensors
 from monoblock.errors import CheckpointError
 
 COMPONENTS = ("codes", "scale", "low")
+# Endings of other tools' names.
+_FOREIGN = (".qweight", ".weight_packed", ".weight_scale", ".SCB", "._weight_qdata")
 _ENDINGS = tuple(f".weight.{component}" for component in COMPONENTS)
 
 
@@ -44,7 +46,13 @@ def refuse(tensors: Tensors) -> None:
     for name in tensors:
         dense = name.endswith((".weight_scale_inv", ".weight.absmax")) or tensors.dtype(name).startswith("F8")
         mlx = name.endswith(".weight") and tensors.dtype(name) == "U32"
-        if dense or mlx or name.endswith((*_ENDINGS, ".qweight", ".weight_packed", ".weight_scale", ".SCB")):
+        if (
+            dense
+            or mlx
+            or name.endswith(
+                (*_ENDINGS, ".qweight", ".weight_packed", ".weight_scale", ".SCB", "._weight_qdata")
+            )
+        ):
             then = "" if dense else "call dequantize(), "
             raise CheckpointError(
                 f"{tensors.path(name).name} holds quantised weights ({name}), which only the PyTorch classes read: "

@@ -18,6 +18,7 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix, quantized_module
 from monoblock.backends.pytorch.quantization.quantize import Quantizer, matrices
 from monoblock.checkpoint import quantized
+from monoblock.checkpoint.affine_tensors import AffineTensors
 from monoblock.checkpoint.bnb_tensors import FourBitTensors
 from monoblock.checkpoint.dense_config import ALL_METHODS, DenseDeclaration, declared
 from monoblock.checkpoint.dense_tensors import Float8Tensors
@@ -28,6 +29,8 @@ from monoblock.checkpoint.mlx_config import MLX, MlxDeclaration
 from monoblock.checkpoint.mlx_tensors import MlxTensors
 from monoblock.checkpoint.packed_config import BITSANDBYTES, COMPRESSED, FILES
 from monoblock.checkpoint.packed_tensors import PackedTensors, recognised
+from monoblock.checkpoint.store import Store
+from monoblock.checkpoint.torchao_tensors import TorchaoDeclaration, TorchaoTensors
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
 from monoblock.field_types import brief
@@ -76,7 +79,7 @@ def load(
     expected: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in quantized.COMPONENTS}
     for canonical, source in held.items():
         rows, columns = shapes[canonical]
-        if isinstance(store, PackedTensors | MlxTensors):
+        if isinstance(store, PackedTensors | AffineTensors):
             _check_inputs(store, source, columns)
         has = {kind: canonical in sources for kind, sources in kinds.items()}
         bits, group = _form(source.names[0], parts, has, how, columns)
@@ -118,7 +121,7 @@ def load(
     return LoadReport(unused=unused, extra=extra)
 
 
-def _check_inputs(store: PackedTensors | MlxTensors, source: TensorSource, columns: int) -> None:
+def _check_inputs(store: PackedTensors | AffineTensors, source: TensorSource, columns: int) -> None:
     """ShapeMismatch: a matrix has another number of inputs, which its padded codes may not show."""
     for name in source.names:
         if (inputs := store.inputs(name)) != columns:
@@ -156,7 +159,7 @@ def _dtype(tensors: Tensors, source: TensorSource, part: str) -> torch.dtype:
     return torch.float32 if wide else formats.DTYPES[part]
 
 
-def opened(store: Tensors, config: Any, name: Any, hub: HubOptions) -> Tensors:
+def opened(store: Store, config: Any, name: Any, hub: HubOptions) -> Tensors:
     """The store, with matrices that other tools quantised in this library's formats or dequantised.
 
     CheckpointError: neither config.json nor the tool's own file declares them, or they are damaged. UnsupportedConfig:
@@ -198,6 +201,8 @@ def opened(store: Tensors, config: Any, name: Any, hub: HubOptions) -> Tensors:
         return FourBitTensors(store, "pt") if how.source == BITSANDBYTES else Float8Tensors(store, how, "pt")
     if isinstance(how, MlxDeclaration):
         return MlxTensors(store, how, "pt")
+    if isinstance(how, TorchaoDeclaration):
+        return TorchaoTensors(store, store.metadata, "pt")
     spec = config.to_spec()
     biases = spec.attention.qkv_bias or spec.attention.out_bias or spec.mlp.bias
     return PackedTensors(store, how, "pt", biases=biases)
