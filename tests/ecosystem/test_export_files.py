@@ -4,6 +4,8 @@ ones."""
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,6 +283,29 @@ def test_a_head_that_the_files_lack(tmp_path: Path, caplog: pytest.LogCaptureFix
     bare = export_onnx(tmp_path / "source", tmp_path / "out", ExportOptions(task="feature-extraction"))
     assert (bare.architecture, bare.outputs) == ("MistralModel", ("last_hidden_state",))
     assert set(TASKS) >= {bare.task}
+
+
+def test_the_command(tmp_path: Path) -> None:
+    monoblock_model("MPNetModel", **options("MPNetModel")).save_pretrained(tmp_path / "source")
+    command = [
+        sys.executable,
+        "-m",
+        "monoblock.cli",
+        "export",
+        str(tmp_path / "source"),
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split(": ", 1) for line in done.stdout.splitlines()[1:])
+    assert (rows["task"], rows["class"]) == ("feature-extraction", "MPNetModel")
+    assert rows["inputs"] == "input_ids, attention_mask" and "model.onnx" in rows["files"]
+    assert rows["outputs compared"].startswith("differ by at most")
+    # Progress alone: none of the exporter's own output.
+    phases = [f"{phase}{end}" for phase in ("loading", "exporting", "checking") for end in (" ...", ": done")]
+    assert done.stderr.splitlines() == phases
+    again = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert again.returncode == 1 and "--force" in again.stderr
 
 
 def sentence_model(folder: Path, family: str) -> Any:

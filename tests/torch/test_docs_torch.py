@@ -9,11 +9,13 @@ from documents import DOCS, ROOT, blocks, run, run_python
 
 # docs/demo.md quotes what the model writes, which is not always Python. The examples of the others name checkpoints
 # that are not here: tests of their own run them on tiny ones (test_convert_docs.py, test_visualizer.py). The page of
-# TensorFlow has its test in tests/tf, that of serving in tests/serving, that of fine-tuning in test_training.py.
+# TensorFlow has its test in tests/tf, that of serving in tests/serving, that of fine-tuning in test_training.py,
+# that of exports, which needs optimum, in tests/ecosystem/test_export_files.py.
 ELSEWHERE = {
     "demo.md",
     "convert.md",
     "formats.md",
+    "export.md",
     "attention.md",
     "tensorflow.md",
     "tflite.md",

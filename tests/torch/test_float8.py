@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import same
 from safetensors.torch import load_file, save_file
 from test_gptq_awq import tiny
 from tiny_families import randomised
@@ -247,8 +248,8 @@ def test_declarations_that_do_not_fit_the_tensors(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / "b")
 
 
-def test_other_readers_refuse(tmp_path: Path) -> None:
+def test_convert_dequantises(tmp_path: Path) -> None:
     write(tmp_path / "theirs", BLOCK)
-    with pytest.raises(CheckpointError, match="which only the PyTorch classes read"):
-        convert(tmp_path / "theirs", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+    assert convert(tmp_path / "theirs", tmp_path / "new").dtype == "bfloat16"
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("theirs", "new"))
+    assert same(one, two)

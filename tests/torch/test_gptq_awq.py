@@ -212,12 +212,19 @@ def test_default_of_the_format_is_logged(tmp_path: Path, caplog: pytest.LogCaptu
     assert sum("lacks checkpoint_format" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_convert_refuses_by_name(tmp_path: Path) -> None:
-    from monoblock.conversion.convert import convert
+@pytest.mark.parametrize("tool", ["gptq", "awq"])
+def test_convert_dequantises(tool: str, tmp_path: Path) -> None:
+    """Into a folder in float32, to the bit, or in bfloat16 by default; its config declares nothing."""
+    from monoblock.conversion.convert import Options, convert
 
-    write(tmp_path / "in", AWQ)
-    with pytest.raises(CheckpointError, match="which only the PyTorch classes read"):
-        convert(tmp_path / "in", tmp_path / "out")
+    expected = write(tmp_path / "in", GPTQ if tool == "gptq" else AWQ, symmetric=tool == "gptq")
+    convert(tmp_path / "in", tmp_path / "out", Options(dtype="float32", check=True))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.quantization_config is None and model.dtype == torch.float32
+    for name, weight in expected.items():
+        assert torch.equal(model.get_submodule(name).weight, torch.from_numpy(weight)), name
+    assert convert(tmp_path / "in", tmp_path / "half").dtype == "bfloat16"
+    assert "quantization_config" not in (tmp_path / "half" / "config.json").read_text()
 
 
 # ---------------------------------------------------------------------------- damaged files

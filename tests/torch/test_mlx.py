@@ -170,7 +170,9 @@ def test_declarations_that_are_refused(change: dict[str, Any], words: str, tmp_p
 
 def test_other_declarations_and_readers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Without the declaration, with another tool's, and where packed matrices are not read."""
-    from monoblock.conversion.convert import convert
+    from monoblock.checkpoint import quantized
+    from monoblock.checkpoint.hub import find_weights
+    from monoblock.checkpoint.store import open_store
 
     write(tmp_path / "a", dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING):
@@ -179,7 +181,7 @@ def test_other_declarations_and_readers(tmp_path: Path, caplog: pytest.LogCaptur
         )
     assert "quantization" not in caplog.text
     with pytest.raises(CheckpointError, match="only the PyTorch classes read"):
-        convert(tmp_path / "a", tmp_path / "b")
+        quantized.refuse(open_store(find_weights(tmp_path / "a"), "np"))
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     how = config.pop("quantization")
     del config["quantization_config"]

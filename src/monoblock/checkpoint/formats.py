@@ -9,6 +9,8 @@ from typing import Any
 from monoblock import families, tree
 from monoblock.auto import AutoConfig
 from monoblock.checkpoint import quantized
+from monoblock.checkpoint.dequantized import DequantizedTensors
+from monoblock.checkpoint.foreign import opened
 from monoblock.checkpoint.hub import HubOptions, WeightFiles, find_file, find_weights, kind_of
 from monoblock.checkpoint.keymap import KeyMap, KeyMatch
 from monoblock.checkpoint.store import Store, open_store
@@ -32,8 +34,9 @@ class Checkpoint:
     """An opened checkpoint: config, model class, and weights by canonical name.
 
     `companions`: its other files, file name -> path. `texts`: files that the source lacks and its format implies, file
-    name -> content. `left_out`: tensors that the class does not use. `hub`: the `from_pretrained` arguments that load
-    it, for a checkpoint in transformers' format."""
+    name -> content. `left_out`: tensors that the class does not use. `dequantized`: whether the files hold quantised
+    matrices, which are read in float32 or, where their own reader does so, in bfloat16. `hub`: the `from_pretrained`
+    arguments that load it, for a checkpoint in transformers' format that is not quantised."""
 
     config: PretrainedConfig
     row: ModelClass
@@ -41,6 +44,7 @@ class Checkpoint:
     companions: Mapping[str, Path] = field(default_factory=dict[str, Path])
     texts: Mapping[str, str] = field(default_factory=dict[str, str])
     left_out: tuple[str, ...] = ()
+    dequantized: bool = False
     hub: Mapping[str, Any] | None = None
 
     @property
@@ -99,6 +103,7 @@ def assembled(
     *,
     texts: Mapping[str, str] | None = None,
     hub: Mapping[str, Any] | None = None,
+    dequantized: bool = False,
 ) -> Checkpoint:
     """A checkpoint from tensors and their key map; CheckpointError names a tensor that does not fit."""
     spec, head = config.to_spec(), config.to_head(row.head) if row.head else None
@@ -111,6 +116,7 @@ def assembled(
         texts=texts or {},
         left_out=tuple(match.unread),
         hub=hub,
+        dequantized=dequantized,
     )
 
 
@@ -127,14 +133,25 @@ def read_hub(name: Path | str, options: HubOptions) -> Checkpoint:
         "cache_dir": options.cache_dir,
         "local_files_only": options.local_files_only,
         "subfolder": options.subfolder,
+        "gguf_file": options.gguf_file,
     }
-    config = AutoConfig.from_pretrained(str(name), **kwargs)
-    store = open_store(find_weights(name, options), "np")
-    quantized.refuse(store)
-    row = class_of(config, store)
-    keymap = families.family(config.model_type).keymap(config, row.head)
+    config: Any = AutoConfig.from_pretrained(str(name), **kwargs)
     kwargs["pretrained_model_name_or_path"] = str(name)
-    return assembled(config, row, store, keymap, companions(name, options), hub=kwargs)
+    store = open_store(find_weights(name, options), "np")
+    tensors = opened(store, config, name, options, "np")
+    dequantized = tensors is not store or quantized.is_quantized(tensors)
+    if dequantized:
+        config.__dict__.pop("quantization_config", None)
+        kwargs = {}  # `from_pretrained` would read the quantised weights
+    if quantized.is_quantized(tensors):
+        tensors = DequantizedTensors(tensors)
+    row = class_of(config, tensors)
+    keymap = families.family(config.model_type).keymap(config, row.head)
+    if isinstance(tensors, DequantizedTensors):
+        spec, head = config.to_spec(), config.to_head(row.head) if row.head else None
+        tensors.fit(keymap, tree.parameters(spec, head), tree.tied(spec, head))
+    found = companions(name, options)
+    return assembled(config, row, tensors, keymap, found, hub=kwargs or None, dequantized=dequantized)
 
 
 def class_of(config: PretrainedConfig, keys: Iterable[str]) -> ModelClass:

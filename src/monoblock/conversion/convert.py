@@ -5,19 +5,24 @@ import copy
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import monoblock
 from monoblock.checkpoint import casts
 from monoblock.checkpoint.array_adapters import Array
 from monoblock.checkpoint.files import write_atomically
 from monoblock.checkpoint.folder import check_target, copy_files, new_folder, unpacked
 from monoblock.checkpoint.formats import Checkpoint, Format, Options, config_to_write, read_hub
-from monoblock.checkpoint.hub import WEIGHT_NAMES, find_file, read_json
+from monoblock.checkpoint.gguf import files
+from monoblock.checkpoint.gguf.config import generation_config
+from monoblock.checkpoint.gguf.header import is_gguf
+from monoblock.checkpoint.hub import WEIGHT_NAMES, HubOptions, find_file, find_gguf, in_gguf, read_json
 from monoblock.checkpoint.journal import settle
 from monoblock.checkpoint.save import parse_size, save_tensors
+from monoblock.checkpoint.stages import scratch
 from monoblock.checkpoint.upstream import fuyu, llm_foundry, mistral, openai_gpt
 from monoblock.checkpoint.weights import CanonicalWeights, CastWeights, PooledKVWeights, Shape, lazy_tensors
 from monoblock.config import PretrainedConfig
@@ -69,8 +74,10 @@ def convert(
             source, options, lambda given: stack.enter_context(unpacked(given, target))
         )
         original = found.read(opened, options.hub)
+        original = with_files(original, opened, options.hub, target)
         exact = original if options.kv_heads is None else pooled(original, options.kv_heads)
-        expected = exact if options.dtype is None else _cast(exact, options.dtype)
+        dtype = options.dtype or ("bfloat16" if original.dequantized else None)
+        expected = exact if dtype is None else _cast(exact, dtype)
         _check_target_format(expected, to)
         folder = stack.enter_context(new_folder(target, replace=options.force))
         monitored = _Monitored(expected.weights, progress or _silent)
@@ -78,7 +85,7 @@ def convert(
         to.write(folder, replace(expected, weights=monitored), options)
         monitored.finish()
         comparison = _checked(original, exact, folder, to, progress or _silent) if options.check else None
-        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     dtypes = {expected.weights.dtype(name) for name in expected.weights.shapes()}
     return Result(
         source_format=found.name,
@@ -86,7 +93,7 @@ def convert(
         architecture=expected.row.name,
         dtype=", ".join(sorted(casts.DTYPE_NAMES.get(name, name) for name in dtypes)),
         parameters=monitored.parameters,
-        files=tuple(files),
+        files=tuple(written),
         left_out=original.left_out,
         comparison=comparison,
     )
@@ -165,6 +172,20 @@ def _check_target_format(checkpoint: Checkpoint, to: Format) -> None:
         )
 
 
+def with_files(checkpoint: Checkpoint, source: Path | str, hub: HubOptions, target: Path) -> Checkpoint:
+    """The checkpoint with the files of its tokenizer and its generation config, if they are inside a GGUF file."""
+    if not in_gguf(source, hub):
+        return checkpoint
+    given = {name: value for name, value in asdict(hub).items() if value}
+    tokenizer: Any = monoblock.AutoTokenizer.from_pretrained(source, **given)
+    with scratch(target) as folder:
+        tokenizer.save_pretrained(folder)
+        found = generation_config(files.opened(find_gguf(source, hub)))
+        GenerationConfig.from_dict(found).save_pretrained(folder)
+        texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())}
+    return replace(checkpoint, texts={**checkpoint.texts, **texts})
+
+
 def _cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     return replace(checkpoint, weights=CastWeights(checkpoint.weights, casts.safetensors_dtype(dtype)))
 
@@ -212,7 +233,7 @@ def _with_kv_heads(config: PretrainedConfig, heads: int) -> PretrainedConfig:
 
 
 def _is_hub(path: Path) -> bool:
-    return (
+    return is_gguf(path) or (
         path.is_dir()
         and (path / "config.json").is_file()
         and any((path / name).is_file() for name in WEIGHT_NAMES)
@@ -231,7 +252,7 @@ def _write_hub(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
         if name not in checkpoint.companions:
             write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     upstream = checkpoint.hub is None and checkpoint.row.head == "causal"
-    if upstream and GENERATION_CONFIG_NAME not in checkpoint.companions:
+    if upstream and GENERATION_CONFIG_NAME not in (*checkpoint.companions, *checkpoint.texts):
         GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
 
 

@@ -50,7 +50,7 @@ from monoblock.backends.pytorch.parameters import Parameters
 from monoblock.backends.pytorch.parts import Part
 from monoblock.backends.pytorch.quantization import checkpoint
 from monoblock.backends.pytorch.tools import Recognised, Tools
-from monoblock.checkpoint import quantized
+from monoblock.checkpoint import foreign, quantized
 from monoblock.checkpoint.adapter_files import base_of, is_adapter
 from monoblock.checkpoint.hub import consistent_read, find_weights
 from monoblock.checkpoint.options import HubOptions
@@ -342,7 +342,7 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
                 use_safetensors=options.use_safetensors,
                 prefer=options.prefer,
             )
-            store = checkpoint.opened(open_store(files, "pt"), settings, name, options.hub)
+            store = foreign.opened(open_store(files, "pt"), settings, name, options.hub, "pt")
             return settings, generation, store
 
         settings, generation, store = read() if name is None else consistent_read(name, options.hub, read)
