@@ -22,6 +22,7 @@ import monoblock
 from monoblock import AutoModelForCausalLM, AutoTokenizer, demo
 from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix
 from monoblock.conversion.gguf import KINDS, GgufOptions, convert_to_gguf
+from monoblock.conversion.k_quants import encode_q4_k
 from monoblock.errors import CheckpointError, UnsupportedConfig
 from monoblock.tokenization.gguf_metadata import tokenizer_metadata
 
@@ -81,6 +82,8 @@ def expected(weight: torch.Tensor, kind: str) -> torch.Tensor:
     if kind in ("f16", "bf16"):
         return weight.to(torch.float16 if kind == "f16" else torch.bfloat16).float()
     own = gguf.GGMLQuantizationType[kind.upper()]
+    if kind == "q4_k":
+        return torch.from_numpy(gguf.dequantize(encode_q4_k(weight.detach().numpy()), own))
     return torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), own), own))
 
 
@@ -98,13 +101,14 @@ def test_written_and_read_back(save: Any, kind: str, tmp_path: Path) -> None:
         packed = isinstance(module, QuantizedMatrix)
         found = module.dequantize() if packed else module.weight.float()
         outside = name.endswith(("lm_head", "embed_tokens", "wte"))
-        own = "q8_0" if kind == "q4_0" and outside else kind
+        whole = module.in_features % 256 == 0 if kind == "q4_k" and not outside else True
+        own = "q8_0" if kind.startswith("q4") and (outside or not whole) else kind
         assert torch.equal(found, expected(model.get_submodule(name).weight, own)), name
-        assert packed == (kind in ("q8_0", "q4_0")), name
+        assert packed == kind.startswith("q"), name
     norm = [m for n, m in again.named_modules() if n.endswith(("norm", "norm_f"))][-1]
     assert norm.weight.dtype == again.dtype
     # Random weights are the hardest; measured up to 0.001, 0.01, 0.05 and 0.39, with activations in 8 bits.
-    close = {"f16": 0.01, "bf16": 0.03, "q8_0": 0.08, "q4_0": 0.6}[kind]
+    close = {"f16": 0.01, "bf16": 0.03, "q8_0": 0.08, "q4_0": 0.6, "q4_k": 0.5}[kind]
     wanted, got = model(IDS).logits, again.float()(IDS).logits
     assert float((got - wanted).norm() / wanted.norm()) < close
     before, after = (
@@ -116,6 +120,48 @@ def test_written_and_read_back(save: Any, kind: str, tmp_path: Path) -> None:
         assert after.decode(after(text).input_ids) == before.decode(before(text).input_ids), text
     assert after.chat_template == before.chat_template
     assert (after.bos_token, after.eos_token) == (before.bos_token, before.eos_token)
+
+
+@pytest.mark.parametrize("shape", ["normal", "tails", "shifted", "negative", "zero", "one"])
+def test_encoder_of_q4_k(shape: str) -> None:
+    """Read by the package's dequantiser; closer than Q4_0, except where that is exact."""
+    random = np.random.default_rng(0)
+    weights = {
+        "normal": random.standard_normal((16, 512)),
+        "tails": random.standard_t(4, (16, 512)),
+        "shifted": random.standard_normal((16, 512)) + 3,
+        "negative": -np.abs(random.standard_normal((16, 512))),
+        "zero": np.zeros((16, 512)),
+        "one": np.full((16, 512), 0.3),
+    }[shape].astype(np.float32)
+    kinds = gguf.GGMLQuantizationType
+    found = gguf.dequantize(encode_q4_k(weights), kinds.Q4_K)
+    coarse = gguf.dequantize(gguf.quantize(weights, kinds.Q4_0), kinds.Q4_0)
+    error, other = (float(np.sqrt(np.mean((weights - x) ** 2))) for x in (found, coarse))
+    if shape == "one":
+        assert error < 0.002  # 6 bits of the scale
+    else:
+        assert (
+            error
+            <= {"normal": 0.85, "tails": 0.78, "shifted": 0.5, "negative": 0.5, "zero": 1}[shape] * other
+        )
+
+
+@torch.no_grad()
+def test_q4_k_in_a_file(tmp_path: Path) -> None:
+    """Matrices of 256 inputs; those of 96 are Q8_0."""
+    model = save_mistral(tmp_path / "in", hidden_size=256, num_attention_heads=8)
+    convert_to_gguf(tmp_path / "in", tmp_path / "out.gguf", GgufOptions(kind="q4_k"))
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert {kinds[f"blk.0.{name}.weight"] for name in ("attn_q", "attn_v", "ffn_up")} == {"Q4_K"}
+    assert kinds["blk.0.ffn_down.weight"] == kinds["output.weight"] == "Q8_0"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out.gguf")
+    found = again.model.layers[0].mlp.up_proj.dequantize()
+    wanted = model.model.layers[0].mlp.up_proj.weight
+    coded = gguf.dequantize(encode_q4_k(wanted.numpy()), gguf.GGMLQuantizationType.Q4_K)
+    assert torch.equal(found, torch.from_numpy(coded))
+    assert float((found - wanted).norm() / wanted.norm()) < 0.08  # 4.5 bits
 
 
 def test_metadata(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class GgufType(StrEnum):
     BF16 = "bf16"
     Q8_0 = "q8_0"
     Q4_0 = "q4_0"
+    Q4_K = "q4_k"
 
 
 class To(StrEnum):
@@ -90,8 +91,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint into a new folder: another format, type, shard size, or number of key and value heads.
 
-    A target NAME.gguf is written as one GGUF file with the tokenizer, for llama.cpp: --type chooses f16, bf16, q8_0 or
-    q4_0. The folder or the file is created atomically, when it is complete.
+    A target NAME.gguf is written as one GGUF file with the tokenizer, for llama.cpp: --type chooses f16, bf16, q8_0,
+    q4_0 or q4_k. The folder or the file is created atomically, when it is complete.
     """
     if target.endswith(".gguf") or changes.gguf_type is not None:
         _gguf(source, target, changes, check=check, force=force, hub=hub)

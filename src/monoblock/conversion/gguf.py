@@ -28,6 +28,7 @@ from monoblock.checkpoint.hub import HubOptions
 from monoblock.checkpoint.save import LazyTensor
 from monoblock.checkpoint.weights import lazy_tensors
 from monoblock.conversion.convert import Progress, Result, open_source, pooled
+from monoblock.conversion.k_quants import BLOCK, encode_q4_k
 from monoblock.errors import CheckpointError, UnsupportedConfig
 from monoblock.generation.config import GENERATION_CONFIG_NAME
 from monoblock.spec import Alibi, ArchSpec, Learned, Rotary
@@ -35,7 +36,13 @@ from monoblock.spec import Alibi, ArchSpec, Learned, Rotary
 log = logging.getLogger("monoblock")
 
 # Type of the matrices -> ggml's type, and llama.cpp's number of such a file.
-KINDS = {"f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2)}
+KINDS = {
+    "f16": ("F16", 1),
+    "bf16": ("BF16", 32),
+    "q8_0": ("Q8_0", 7),
+    "q4_0": ("Q4_0", 2),
+    "q4_k": ("Q4_K", 14),
+}
 ARCHITECTURES = {"mistral": "llama", "mpt": "mpt"}
 _BLOCK = 32  # weights of a block of Q8_0 and Q4_0
 _CHUNK = 1 << 22  # weights that are converted at a time
@@ -45,8 +52,8 @@ _TRAINING = ("dropout", "init_std", "embed_gradient")
 
 @dataclass(frozen=True, kw_only=True)
 class GgufOptions:
-    """Options of `convert_to_gguf`. `kind`: the type of the matrices, "f16", "bf16", "q8_0" or "q4_0". The others as in
-    `Options`."""
+    """Options of `convert_to_gguf`. `kind`: the type of the matrices, "f16", "bf16", "q8_0", "q4_0" or "q4_k". The
+    others as in `Options`."""
 
     kind: str
     source_format: str = "auto"
@@ -63,9 +70,10 @@ def convert_to_gguf(
 ) -> Result:
     """Write a checkpoint as one GGUF file, atomically, with its tokenizer and chat template.
 
-    Vectors and position tables are float32; in "q4_0" the embedding and the head are Q8_0; rows that are no multiple of
-    32 weights are F16. UnsupportedConfig: the family, an option of the architecture, or the tokenizer has no form in
-    GGUF. ImportError: the `gguf` package is not installed. Others as `convert`.
+    Vectors and position tables are float32; in "q4_0" and "q4_k" the embedding and the head are Q8_0, and in "q4_k"
+    rows that are no multiple of 256 weights; rows that are no multiple of 32 weights are F16. UnsupportedConfig: the
+    family, an option of the architecture, or the tokenizer has no form in GGUF. ImportError: the `gguf` package is not
+    installed. Others as `convert`.
     """
     if options.kind not in KINDS:
         raise ValueError(f"kind={options.kind!r}: expected one of {', '.join(KINDS)}")
@@ -160,7 +168,8 @@ def _type(name: str, shape: tuple[int, ...], kind: str) -> str:
         return "F32"
     if own.startswith("Q") and shape[1] % _BLOCK:
         return "F16"
-    return "Q8_0" if own == "Q4_0" and name in ("token_embd.weight", "output.weight") else own
+    outside = own.startswith("Q4") and name in ("token_embd.weight", "output.weight")
+    return "Q8_0" if outside or (own == "Q4_K" and shape[1] % BLOCK) else own
 
 
 def _write(
@@ -211,7 +220,11 @@ def _converted(package: Any, name: str, written: _Written) -> Any:
         rows = casts.widened(array[first : first + step]).astype(np.float32, copy=False)
         if not np.isfinite(rows).all():
             raise CheckpointError(f"{name} has weights that are not finite: it cannot be quantised")
-        made[first : first + step] = package.quantize(rows, package.GGMLQuantizationType[written.type])
+        made[first : first + step] = (
+            encode_q4_k(rows)
+            if written.type == "Q4_K"
+            else package.quantize(rows, package.GGMLQuantizationType[written.type])
+        )
     return made
 
 
