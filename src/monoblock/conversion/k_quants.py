@@ -53,11 +53,12 @@ def _fitted(x: Array) -> tuple[Array, Array]:
     """Scale and low (n, 8) of each group (n, 8, 32), both at least 0, with the least weighted square error of
     scale * code - low: for several numbers of steps, the codes, and the line through them by least squares. Large
     weights count more, since inputs that they multiply tend to matter."""
-    importance = np.sqrt(np.mean(np.square(x), -1, keepdims=True)) + np.abs(x)
-    lowest = np.minimum(x.min(-1), 0)
-    span = x.max(-1) - lowest
-    best = np.full(span.shape, np.inf, np.float32)
-    scale, low = span / _CODES, -lowest
+    importance: Array = np.sqrt(np.mean(np.square(x), -1, keepdims=True)) + np.abs(x)
+    lowest: Array = np.minimum(x.min(-1), 0)
+    span: Array = x.max(-1) - lowest
+    best: Array = np.full(span.shape, np.inf, np.float32)
+    scale: Array = span / _CODES
+    low: Array = -lowest
     total, sum_x = importance.sum(-1), (importance * x).sum(-1)
     for steps in _STEPS:
         inverse = np.divide(steps, span, out=np.zeros_like(span), where=span > 0)
