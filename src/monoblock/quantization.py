@@ -9,7 +9,7 @@ from typing import Any, cast
 from monoblock.checkpoint.dense_config import ALL_METHODS, DenseDeclaration, declared
 from monoblock.checkpoint.mlx_config import MLX
 from monoblock.checkpoint.packed_config import BITSANDBYTES, METHODS
-from monoblock.checkpoint.torchao_tensors import TORCHAO
+from monoblock.checkpoint.torchao_config import TORCHAO
 from monoblock.errors import UnsupportedConfig
 from monoblock.field_types import brief, checked
 

@@ -20,7 +20,7 @@ from monoblock.checkpoint.packed_config import (
     compressed_scheme,
     parse_declaration,
 )
-from monoblock.checkpoint.torchao_tensors import TORCHAO, TorchaoDeclaration, parse_torchao
+from monoblock.checkpoint.torchao_config import TORCHAO, TorchaoDeclaration, parse_torchao
 from monoblock.errors import UnsupportedConfig
 from monoblock.field_types import brief
 

@@ -17,7 +17,8 @@ from monoblock.checkpoint.mlx_tensors import MlxTensors
 from monoblock.checkpoint.packed_config import BITSANDBYTES, COMPRESSED, FILES
 from monoblock.checkpoint.packed_tensors import PackedTensors, recognised
 from monoblock.checkpoint.store import Store
-from monoblock.checkpoint.torchao_tensors import TorchaoDeclaration, TorchaoTensors
+from monoblock.checkpoint.torchao_config import TorchaoDeclaration
+from monoblock.checkpoint.torchao_tensors import TorchaoTensors
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief

@@ -36,7 +36,7 @@ from monoblock.checkpoint.mlx_config import MLX
 from monoblock.checkpoint.mlx_tensors import is_mlx
 from monoblock.checkpoint.packed import RUN, Array, PackedForm, fused_members, pack_codes, pack_groups
 from monoblock.checkpoint.packed_config import BITSANDBYTES, COMPRESSED, PackedDeclaration
-from monoblock.checkpoint.torchao_tensors import TORCHAO
+from monoblock.checkpoint.torchao_config import TORCHAO
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
 

@@ -10,59 +10,22 @@ Source: https://github.com/pytorch/ao (prototype/safetensors, quantization/quant
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from monoblock.checkpoint.affine_tensors import AffineTensors, as_array
 from monoblock.checkpoint.packed import RUN, Array, PackedForm
+from monoblock.checkpoint.torchao_config import member
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch, UnsupportedConfig
 from monoblock.field_types import brief
 
-TORCHAO = "torchao"
 _QDATA, _SCALE, _ZERO = "._weight_qdata", "._weight_scale", "._weight_zero_point"
 _CLASSES = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
-_FIELDS = (
-    *("quant_method", "quant_type", "quant_type_kwargs", "modules_to_not_convert"),
-    *("include_input_output_embeddings", "untie_embedding_weights"),
-)
 _GROUPS = (16, 32, 64, RUN)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TorchaoDeclaration:
-    """How torchao quantised most weights, for the description; the tensors' metadata decide. `noted`: see
-    PackedDeclaration."""
-
-    bits: int
-    group: int | None
-    source: str = TORCHAO
-    noted: str | None = None
-
-
-def parse_torchao(given: Mapping[str, Any], owner: str) -> TorchaoDeclaration:
-    """The declaration; UnsupportedConfig names `owner` and an unknown field."""
-    if unknown := next((field for field in given if field not in _FIELDS), None):
-        raise UnsupportedConfig(
-            f"{owner} of torchao has the unknown field {brief(unknown)}; known: {', '.join(_FIELDS)}"
-        )
-    # A name, or {"default": {"_type": name, "_data": fields}}.
-    text = json.dumps(given.get("quant_type"), default=str).lower()
-    size = re.search(r'"group_size": (\d+)', text)
-    noted = f"{owner} quantises activations: here they are quantised by the kernels' own rule"
-    return TorchaoDeclaration(
-        bits=4 if re.search(r"int[1-4](?!\d)", text) else 8,
-        group=int(size[1]) if size else None,
-        noted=noted if "activation" in text else None,
-    )
-
-
-def _member(value: Any, name: str) -> Any:
-    return cast("Mapping[str, Any]", value).get(name) if isinstance(value, Mapping) else None
 
 
 @dataclass(frozen=True)
@@ -116,20 +79,20 @@ class TorchaoTensors(AffineTensors):
             raise CheckpointError(
                 f"{where} has quantised tensors of {stem}, but its metadata does not describe {name}: fetch it again"
             ) from error
-        kind, data = _member(found, "_type"), _member(found, "_data")
+        kind, data = member(found, "_type"), member(found, "_data")
         if kind not in _CLASSES:
             raise UnsupportedConfig(
                 f"{name} in {where} is a {brief(kind)} of torchao, which is not read; {' and '.join(_CLASSES)} are: "
                 "dequantise it with torchao, and save the result"
             )
-        block: Any = _member(data, "block_size")
+        block: Any = member(data, "block_size")
         sizes: list[Any] = list(block) if isinstance(block, list) else []  # pyright: ignore
         if len(sizes) != 2 or sizes[0] != 1 or type(sizes[1]) is not int or sizes[1] < 1:
             raise UnsupportedConfig(
                 f"{name} in {where} has the block_size {brief(block)}, which is not read: it must be "
                 "[1, inputs of a group]"
             )
-        target: Any = _member(_member(data, "target_dtype"), "_data") or "int8"
+        target: Any = member(member(data, "target_dtype"), "_data") or "int8"
         bits = {f"int{bits}": bits for bits in range(1, 9)}.get(str(target))
         if bits is None:
             raise UnsupportedConfig(
