@@ -28,6 +28,8 @@ PROMPT    ?= def fibonacci(n):
 .PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest wheel mutate
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
+# Stamps of environments are kept, though they are intermediate files of pattern rules.
+.PRECIOUS: .venv-optimum-%/.installed
 # The steps of `test` use all cores, and pytest's summary is printed last.
 .NOTPARALLEL:
 
@@ -184,7 +186,8 @@ $(DIST_VENV)/.installed: $(INSTALLED) | $(DIST_VENV)/bin/python
 .venv-optimum-%/.installed: $(ECOSYSTEM_VENV)/.installed tools/optimum/%.txt
 	$(call make_venv,.venv-optimum-$*)
 	@echo "== installing optimum for $* into .venv-optimum-$*"
-	@$(ECOSYSTEM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	@$(ECOSYSTEM_VENV)/bin/python -c \
+		"import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
 		> "$$(.venv-optimum-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz_ecosystem.pth"
 	@.venv-optimum-$*/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r tools/optimum/$*.txt
 	@touch $@
