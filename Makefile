@@ -25,7 +25,7 @@ PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-page test-ecosystem test-optimum docs clean
-.PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest wheel mutate
+.PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest wheel mutate search-model
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
 # Stamps of environments are kept, though they are intermediate files of pattern rules.
@@ -89,6 +89,9 @@ test-oldest-%: .venv-oldest-%/.installed
 embed-million: $(VENV)/.installed-test ## `monoblock embed` on 1,000,000 texts: killed, resumed, memory checked (minutes)
 	@echo "== a million texts"
 	@$(VENV)/bin/python bench/embed_million.py
+
+search-model: $(VENV)/.installed-test ## train the embedded search model and write its index (20 minutes)
+	@$(VENV)/bin/python tools/train_search.py
 
 mutate: $(VENV)/.installed-test ## 200 changes of the sources, each of which a test must notice (hours)
 	@$(VENV)/bin/python tools/mutate.py

@@ -330,6 +330,7 @@ def test_refusals(model: Path, source: Path, tmp_path: Path) -> None:
         (("embed", "a.txt", "-m", "name", "-o", "x.npy", "--offline"), 1, "'sentence-transformers/name'"),
         (("search", "a", "-i", "x.npy"), 1, "no such file"),
         (("search", "a", "-i", "x.npy", "--top-k", "0"), 2, "--top-k"),
+        (("search", "a", "-m", "m"), 2, "--model needs --index"),
     ],
 )  # fmt: skip
 def test_wrong_usage(
@@ -383,6 +384,14 @@ def test_search_prints_lines_and_takes_prompts(
     assert with_prompt.stdout == named.stdout != plain.stdout
     several = invoke("search", "-", "-i", output, "-k", 2, "--prompt", "", text=f"\n{TEXTS[7]}\n")
     assert several.stdout == f"# {TEXTS[7]}\n{plain.stdout}"
+
+
+def test_search_of_the_embedded_index() -> None:
+    result = invoke("search", "read a csv file", "--json", "--offline")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["results"]
+    assert len(found) == 5 and any(row["text"].startswith("csv") for row in found)
+    assert "warning" not in result.stderr  # the index is of this model
 
 
 def test_the_model_of_a_search(model: Path, source: Path, tmp_path: Path) -> None:

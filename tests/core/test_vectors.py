@@ -436,6 +436,23 @@ def test_damaged_texts_and_vectors(source: Path, tmp_path: Path) -> None:
 
 
 @needs_pyarrow
+def test_vectors_of_int8_are_directions(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, np.array([[31, 0, 4], [-3, 31, 0]], np.int8))
+    (tmp_path / "x.npy.texts.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    index = open_index(path)
+    (block,) = index.blocks()
+    assert block.dtype == np.float32 and index.width == 3
+    scores, rows = nearest(index.blocks(), np.array([[31, 0, 4]], np.float32), 1)
+    assert rows.tolist() == [[0]] and abs(scores[0, 0] - 1) < 1e-6
+    (tmp_path / "x.npy.index.json").write_text('{"similarity": "dot"}')
+    with pytest.raises(ValueError, match="vectors of int8, which have a cosine, but no dot"):
+        open_index(path)
+    np.save(path, np.zeros((2, 3), np.uint8))
+    with pytest.raises(ValueError, match="expected floats or int8"):
+        open_index(path)
+
+
 def test_a_parquet_index_of_another_program(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

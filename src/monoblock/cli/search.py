@@ -31,7 +31,14 @@ QUERY_PROMPT = "query"  # the name of a model's prompt for queries
 def search(
     *,
     query: Annotated[str, typer.Argument(help="The text to search for; -: one per line of standard input.")],
-    index: Annotated[Path, typer.Option("--index", "-i", help="A file that `monoblock embed` wrote.")],
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            "--index",
+            "-i",
+            help="A file that `monoblock embed` wrote; default: the documentation of Python's standard library.",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="Folder, or name on the hub; default: that of the index."),
@@ -42,15 +49,20 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per query.")] = False,
     hub: DownloadOptions,
 ) -> None:
-    """Print the texts of an index that are nearest to a query, best first: score, row, text.
+    """Print the texts of an index that are nearest to a query, best first: score, row, text. Without --index, those of
+    the documentation of Python's standard library, by the embedded search model.
 
     The search is exact: it compares the query with every vector. The score is the model's similarity, by default the
     cosine; of a distance, its negative. Queries have the model's prompt "query" before them, if it has one.
     """
     prompts.check()
+    if index is None and model is not None:
+        raise typer.BadParameter("--model needs --index: the embedded index has its own model")
+    from monoblock import demo_embeddings
     from monoblock.cli import encoder
     from monoblock.vectors.index import open_index
 
+    index = demo_embeddings.index() if index is None else index
     found = open_index(index)
     source = model or found.description.get("model")
     if not isinstance(source, str):

@@ -168,15 +168,19 @@ def serve(
 
 
 def _run(sources: list[str | None], names: list[str], adapters: list[str], settings: ServerSettings) -> None:
-    """Serve until a signal. Exit code 130 after Ctrl-C."""
+    """Serve until a signal. Exit code 130 after Ctrl-C. With the demo, the embedded search model is served too."""
+    from monoblock import demo_embeddings
     from monoblock.serving.server.app import ServerApp
-    from monoblock.serving.server.registry import entries_of
+    from monoblock.serving.server.kinds import ModelKind
+    from monoblock.serving.server.registry import ModelEntry, entries_of
     from monoblock.serving.server.running import serve as run
 
     entries = entries_of(sources, names, adapters, settings.hub)
+    if sources == [None] and all(entry.name != demo_embeddings.NAME for entry in entries):
+        entries.append(ModelEntry(demo_embeddings.NAME, demo_embeddings.NAME, ModelKind.EMBED, extra=True))
     if not settings.loopback and settings.api_key is None:
         console.note(f"warning: everybody who reaches {settings.host} can use this server: give an --api-key")
-    named = ", ".join(entry.name for entry in entries)
+    named = ", ".join(entry.name for entry in entries if not entry.extra)
 
     def listening(address: str) -> None:
         print(f"monoblock serves {named} on {address}", flush=True)

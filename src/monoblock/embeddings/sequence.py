@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from monoblock import demo_embeddings
 from monoblock.checkpoint.hub import HubOptions
 from monoblock.checkpoint.transaction import staged
 from monoblock.embeddings import files
@@ -280,7 +281,10 @@ def shows_bar(wanted: bool | None) -> bool:
 def hub_options(
     name: Any, cache_folder: Any, revision: Any, token: Any, local: bool, owner: str | None = None
 ) -> tuple[Any, HubOptions]:
-    """The model's name, with the owner if it names none, and the download options."""
+    """The model's name, with the owner if it names none, and the download options; the folder of the embedded search
+    model for its name."""
+    if name == demo_embeddings.NAME and not Path(name).exists():
+        name = str(demo_embeddings.path())
     plain = isinstance(name, str) and "/" not in name and name not in PLAIN_NAMES
     if owner is not None and plain and not Path(name).expanduser().exists():
         name = f"{owner}/{name}"

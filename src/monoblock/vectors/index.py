@@ -1,4 +1,7 @@
-"""Read an index: its vectors in blocks, its texts by row, its description. Memory is bounded by a block."""
+"""Read an index: its vectors in blocks, its texts by row, its description. Memory is bounded by a block.
+
+Vectors of int8 are directions: each row has a scale of its own, which the file does not tell, so they have a cosine only.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +48,15 @@ class NpyIndex(Index):
             array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
             raise ValueError(f"{path} is no valid .npy file: {error}") from None
-        if array.ndim != 2 or array.dtype.kind != "f" or not array.flags.c_contiguous:
+        known = array.dtype.kind == "f" or array.dtype == np.int8
+        if array.ndim != 2 or not known or not array.flags.c_contiguous:
             raise ValueError(
-                f"{path} holds an array {array.shape} of {array.dtype}; expected floats [texts, width], row by row"
+                f"{path} holds an array {array.shape} of {array.dtype}; expected floats or int8 [texts, width], row by "
+                "row"
             )
+        similarity = description.get("similarity") or "cosine"
+        if array.dtype == np.int8 and similarity != "cosine":
+            raise ValueError(f"{path} holds vectors of int8, which have a cosine, but no {similarity}")
         self._shape, self._dtype, self._offset = array.shape, array.dtype, array.offset
         lines = beside(path, "texts.jsonl")
         if not lines.is_file():

@@ -200,7 +200,7 @@ async def chat_completions(request: Request) -> Response:
     state = state_of(request)
     body = await state.read(request, CHAT)
     task = chat_task(body)
-    name = state.registry.find(body.model).name
+    name = state.registry.find(body.model, ModelKind.GENERATE).name
     if body.stream:
         return await stream_while_used(
             state, request, body.model, lambda m: _stream(body, task, m, name, state)

@@ -145,7 +145,7 @@ async def completions(request: Request) -> Response:
     state = state_of(request)
     body = await state.read(request, COMPLETIONS)
     _check(body)
-    name = state.registry.find(body.model).name
+    name = state.registry.find(body.model, ModelKind.GENERATE).name
     if body.stream:
         return await stream_while_used(state, request, body.model, lambda m: _stream(body, m, name, state))
 

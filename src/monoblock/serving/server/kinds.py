@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from monoblock import demo_embeddings
 from monoblock.checkpoint.adapter_files import base_of, is_adapter
 from monoblock.checkpoint.contents import SENTENCE_TRANSFORMERS
 from monoblock.checkpoint.hub import HubOptions, find_file
@@ -32,6 +33,8 @@ def detect(source: str, hub: dict[str, Any]) -> ModelKind:
 
     ValueError for a class that is not served, such as token classification.
     """
+    if source == demo_embeddings.NAME and not Path(source).exists():
+        return ModelKind.EMBED
     options = HubOptions(**hub)
     if is_adapter(source, options):
         return detect(base_of(source, options), {})

@@ -29,12 +29,14 @@ NOUNS = {
 
 @dataclass
 class ModelEntry:
-    """A served model. `source`: a folder or a name on the hub; None: the embedded demo. `adapter`: of a LoRA model."""
+    """A served model. `source`: a folder or a name on the hub; None: the embedded demo. `adapter`: of a LoRA model.
+    `extra`: nobody asked for it, so that it is loaded at its first request."""
 
     name: str
     source: str | None
     kind: ModelKind
     adapter: str | None = None
+    extra: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     loaded: TokenizedModel | None = None
     error: str | None = None
@@ -71,11 +73,14 @@ class ModelRegistry:
         """Whether a model is being loaded."""
         return any(entry.state == "loading" for entry in self.entries.values())
 
-    def find(self, name: str | None) -> ModelEntry:
-        """The entry of that name, or of that folder; the only one for None. ApiError 404 if there is none."""
+    def find(self, name: str | None, *kinds: ModelKind) -> ModelEntry:
+        """The entry of that name, or of that folder. For None the only one, extra ones apart, or an extra one of `kinds`
+        if that is of another kind. ApiError 404 if there is none."""
         if name is None:
-            if len(self.entries) == 1:
-                return next(iter(self.entries.values()))
+            given = [entry for entry in self.entries.values() if not entry.extra]
+            if len(given) == 1:
+                extra = [entry for entry in self.entries.values() if entry.extra and entry.kind in kinds]
+                return extra[0] if extra and given[0].kind not in kinds else given[0]
             raise ApiError(
                 f"model is missing; the models are: {', '.join(self.entries)}",
                 param="model",
@@ -97,7 +102,7 @@ class ModelRegistry:
 
         ApiError: 404 if there is none, 400 if it is of another kind, 503 if it cannot be loaded.
         """
-        entry = self.find(name)
+        entry = self.find(name, *kinds)
         if kinds and entry.kind not in kinds:
             wanted = " or ".join(NOUNS[kind] for kind in kinds)
             raise ApiError(

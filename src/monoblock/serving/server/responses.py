@@ -41,7 +41,7 @@ async def responses(request: Request) -> Response:
             f'top_logprobs needs include: ["{LOGPROBS}"]', param="top_logprobs", code="invalid_value"
         )
     task = _task(body)
-    name = state.registry.find(body.model).name
+    name = state.registry.find(body.model, ModelKind.GENERATE).name
     if body.stream:
         return await stream_while_used(
             state, request, body.model, lambda m: _stream(body, task, m, name, state), done=False

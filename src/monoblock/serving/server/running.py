@@ -68,9 +68,9 @@ class DrainingServer(uvicorn.Server):
         task.add_done_callback(self._background.discard)
 
     async def _preload(self) -> None:
-        """Load the only model, or with `preload` all. An error of the only model ends the server."""
+        """Load the only model, or with `preload` all; extra ones later. An error of the only model ends the server."""
         registry = self.app.state.registry
-        entries = [*registry.entries.values()]
+        entries = [entry for entry in registry.entries.values() if not entry.extra]
         if len(entries) > 1 and not self.app.state.settings.preload:
             return
         for entry in entries:

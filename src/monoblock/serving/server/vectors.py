@@ -40,7 +40,7 @@ async def embeddings(request: Request) -> Response:
 
     async def work() -> dict[str, Any]:
         async with state.registry.use(body.model, ModelKind.EMBED) as model:
-            return await _embedded(body, model, state.registry.find(body.model).name, state)
+            return await _embedded(body, model, state.registry.find(body.model, ModelKind.EMBED).name, state)
 
     return await timed_answer(request, state, work())
 
@@ -110,7 +110,7 @@ async def rerank(request: Request) -> Response:
                 scores, tokens = await _similarities(body, model)
             else:
                 scores, tokens = await _pair_scores(body, model)
-            return _ranked(body, state.registry.find(body.model).name, scores, tokens)
+            return _ranked(body, state.registry.find(body.model, ModelKind.CLASSIFY, ModelKind.EMBED).name, scores, tokens)
 
     return await timed_answer(request, state, work())
 
@@ -179,7 +179,7 @@ async def classify(request: Request) -> Response:
                 "id": choices.identifier("classify-"),
                 "object": "list",
                 "created": choices.now(),
-                "model": state.registry.find(body.model).name,
+                "model": state.registry.find(body.model, ModelKind.CLASSIFY).name,
                 "data": [
                     {
                         "index": index,
