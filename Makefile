@@ -25,7 +25,7 @@ PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-page test-ecosystem test-optimum docs clean
-.PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest wheel mutate search-model
+.PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest wheel mutate search-model chat-adapter
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
 # Stamps of environments are kept, though they are intermediate files of pattern rules.
@@ -91,7 +91,12 @@ embed-million: $(VENV)/.installed-test ## `monoblock embed` on 1,000,000 texts: 
 	@$(VENV)/bin/python bench/embed_million.py
 
 search-model: $(VENV)/.installed-test ## train the embedded search model and write its index (20 minutes)
+	@$(VENV)/bin/python $(PIP) -e ".[train]"
 	@$(VENV)/bin/python tools/train_search.py
+
+chat-adapter: $(VENV)/.installed-test ## train the chat adapter of the embedded demo (10 minutes)
+	@$(VENV)/bin/python $(PIP) -e ".[train]"
+	@$(VENV)/bin/python tools/train_chat.py
 
 mutate: $(VENV)/.installed-test ## 200 changes of the sources, each of which a test must notice (hours)
 	@$(VENV)/bin/python tools/mutate.py

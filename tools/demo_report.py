@@ -156,7 +156,8 @@ monoblock generate "def fibonacci(n):"
 monoblock chat
 ```
 
-In Python it is a folder like any other checkpoint:
+`monoblock chat` adds the [chat adapter](training.md#example-the-demos-chat-adapter) to it. In Python it is a
+folder like any other checkpoint:
 
 ```python
 from monoblock import AutoTokenizer, MptForCausalLM, demo

@@ -24,9 +24,22 @@ HELD_OUT = 10  # one family of modules in so many
 DOCUMENTATION, CODE, ENTRY = 320, 480, 150  # characters of a text
 NAMED = {"library": 2, "tests": 6}  # of the functions without documentation, one in so many is trained on
 # Modules that act when imported, or that are no library.
-NOT_IMPORTED = {"antigravity", "this", "idlelib", "turtledemo", "test", "lib2to3", "pydoc_data", "turtle", "posix", "curses"}
+NOT_IMPORTED = {
+    "antigravity",
+    "this",
+    "idlelib",
+    "turtledemo",
+    "test",
+    "lib2to3",
+    "pydoc_data",
+    "turtle",
+    "posix",
+    "curses",
+}
 PUBLIC_NAMES = {"posixpath": "os.path"}
-NOT_INDEXED = re.compile(r"^(idlelib|lib2to3|turtledemo|pydoc_data|test|ensurepip|ntpath|distutils|turtle|tkinter|curses)\b")
+NOT_INDEXED = re.compile(
+    r"^(idlelib|lib2to3|turtledemo|pydoc_data|test|ensurepip|ntpath|distutils|turtle|tkinter|curses)\b"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +120,8 @@ def _code(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lines: Se
     """The definition without its docstring, at column 0, as far as CODE characters."""
     body = node.body[0]
     return _stripped(
-        lines[node.lineno - 1 : body.lineno - 1] + lines[body.end_lineno or body.lineno : node.end_lineno], CODE
+        lines[node.lineno - 1 : body.lineno - 1] + lines[body.end_lineno or body.lineno : node.end_lineno],
+        CODE,
     )
 
 
@@ -147,7 +161,7 @@ def training_pairs(found: Iterable[Definition]) -> list[dict[str, str]]:
     """Pairs of the modules that are not held out: both tasks, what is written in C, and first lines with the bodies of
     functions without documentation."""
     own = [one for one in found if not one.held_out]
-    return [*code_pairs(own), *search_pairs(own), *_introspected_pairs(), *_body_pairs()]
+    return [*code_pairs(own), *search_pairs(own), *introspected_pairs(), *_body_pairs()]
 
 
 def held_out_pairs(found: Iterable[Definition]) -> list[dict[str, str]]:
@@ -155,10 +169,10 @@ def held_out_pairs(found: Iterable[Definition]) -> list[dict[str, str]]:
     return code_pairs(one for one in found if one.held_out)
 
 
-def _introspected_pairs() -> Iterator[dict[str, str]]:
+def introspected_pairs() -> Iterator[dict[str, str]]:
     for module in public_modules():
         if not is_held_out(module):
-            for name, documentation in _introspected(module):
+            for name, documentation in introspected(module):
                 text = shortened(documentation, DOCUMENTATION)
                 sentence = first_sentence(text)
                 if len(sentence) >= 15:
@@ -210,7 +224,7 @@ def entries(found: Iterable[Definition]) -> list[Entry]:
             signature = one.signature if len(one.signature) <= 60 else "(...)"
             texts.setdefault(name, f"{name}{signature}: {shortened(one.documentation, ENTRY)}")
     for module in public_modules():
-        for name, documentation in _introspected(module):
+        for name, documentation in introspected(module):
             texts.setdefault(name, f"{name}: {shortened(documentation, ENTRY)}")
     return [Entry(name=name, text=texts[name]) for name in sorted(texts)]
 
@@ -221,7 +235,7 @@ def public_modules() -> list[str]:
     return [name for name in names if not name.startswith("_") and name not in NOT_IMPORTED]
 
 
-def _introspected(module: str) -> Iterator[tuple[str, str]]:
+def introspected(module: str) -> Iterator[tuple[str, str]]:
     """The documentation of a module, and of its functions and types that are written in C."""
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -234,7 +248,13 @@ def _introspected(module: str) -> Iterator[tuple[str, str]]:
     prefix = "" if module == "builtins" else f"{module}."
     for name, value in sorted(vars(loaded).items()):
         owner = getattr(value, "__module__", None) or module
-        if name.startswith("_") or owner.lstrip("_") not in (module, f"{module}module", "builtins", "posix", "io"):
+        if name.startswith("_") or owner.lstrip("_") not in (
+            module,
+            f"{module}module",
+            "builtins",
+            "posix",
+            "io",
+        ):
             continue
         if inspect.isbuiltin(value) and value.__doc__:
             yield f"{prefix}{name}", value.__doc__

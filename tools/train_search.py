@@ -11,19 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import search_corpus as corpus
 import torch
+from reports import Clock, replace_section
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from monoblock import MPNetConfig, MPNetModel, SentenceTransformer, demo_embeddings
@@ -37,7 +35,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BUILD = REPOSITORY / "build" / "search"
 RECIPE = Path(__file__).with_name("search.yaml")
 PAGE, PICTURE = REPOSITORY / "docs" / "training.md", REPOSITORY / "docs" / "search-loss.svg"
-BEGIN, END = "<!-- search model: begin -->\n", "<!-- search model: end -->\n"
 SPECIALS = START, PADDING, STOP, UNKNOWN, MASK = "<s>", "<pad>", "</s>", "[UNK]", "<mask>"
 VOCAB, WIDTH, LAYERS, HEADS, MLP, TOKENS = 6000, 128, 2, 4, 384, 128
 SEED = 0
@@ -88,6 +85,8 @@ def start(folder: Path, texts: Sequence[str]) -> None:
         intermediate_size=MLP,
         max_position_embeddings=TOKENS + 2,
         initializer_range=0.002,
+        hidden_dropout_prob=0.0,  # a third of the time of a step, for four epochs
+        attention_probs_dropout_prob=0.0,
     )
     model = MPNetModel(config, add_pooling_layer=False)
     directions = torch.randn(len(own), WIDTH)
@@ -232,27 +231,27 @@ def report(found: Sequence[corpus.Definition], size: int, texts: Sequence[str]) 
     rows = []
     for way, vectors in ways.items():
         values = [recalls(pairs, vectors) for pairs in tasks.values()]
-        rows.append(f"| {way} | " + " | ".join(f"{v['recall@1']:.3f} | {v['recall@10']:.3f}" for v in values) + " |")
+        rows.append(
+            f"| {way} | " + " | ".join(f"{v['recall@1']:.3f} | {v['recall@10']:.3f}" for v in values) + " |"
+        )
     lines = [json.loads(line) for line in (BUILD / "model" / "metrics.jsonl").read_text().splitlines()]
-    seconds = json.loads((BUILD / "time.json").read_text())
+    facts = json.loads((BUILD / "time.json").read_text(encoding="utf-8"))
     steps = max(line["step"] for line in lines)
     index = sum(path.stat().st_size for path in demo_embeddings.index().parent.glob("library.*"))
     modules = len({one.module for one in held})
-    written = BEGIN + f"""
+    pairs = sum(1 for _ in (BUILD / "train.jsonl").open(encoding="utf-8"))
+    table = "\n".join(rows)
+    text = f"""
 | held-out modules | code to documentation: R@1 | R@10 | description to name: R@1 | R@10 |
 |---|---|---|---|---|
-{chr(10).join(rows)}
+{table}
 
-{len(held):,} definitions of {modules} modules are held out of {len(found):,}, and the training data has
-{sum(1 for _ in (BUILD / "train.jsonl").open()):,} pairs. The {steps:,} steps took {seconds["processor"] / 60:.0f} minutes of
-processor time on {seconds["threads"]} thread{"s" if seconds["threads"] > 1 else ""}. The model has {size / 1e6:.1f} MB, the
-index {index / 1e6:.1f} MB for {len(texts):,} texts. Python {seconds["python"]}; SHA-256 of the definitions:
-`{corpus.digest(found)}`.
-""" + END
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(before + written + after, encoding="utf-8")
+{len(held):,} definitions of {modules} modules are held out of {len(found):,}; the training data has {pairs:,} pairs.
+{steps:,} steps took {facts["processor"] / 60:.0f} minutes of processor time on {facts["threads"]}. The model has
+{size / 1e6:.1f} MB, the index {index / 1e6:.1f} MB for {len(texts):,} texts. Python {facts["python"]}; SHA-256 of the
+definitions: `{corpus.digest(found)}`.
+"""
+    replace_section(PAGE, "search model", text)
     shutil.copy(BUILD / "model" / "curves.svg", PICTURE)
     print("\n".join(rows))
 
@@ -270,20 +269,10 @@ def main() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     found = corpus.definitions()
     if not options.export:
-        texts = write_data(found)
-        if not (BUILD / "model").exists():
-            start(BUILD / "start", texts)
-        before = os.times()
-        began = time.monotonic()
-        train()
-        after = os.times()
-        facts: dict[str, Any] = {
-            "processor": after.children_user + after.children_system - before.children_user - before.children_system,
-            "wall": time.monotonic() - began,
-            "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
-            "python": sys.version.split()[0],
-        }
-        (BUILD / "time.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        if not (BUILD / "start").exists():  # else a run that was interrupted continues
+            start(BUILD / "start", write_data(found))
+        with Clock(BUILD / "time.json"):
+            train()
     export(found)
 
 

@@ -77,10 +77,15 @@ class Model:
 
 
 def load(
-    source: ModelOptions, hub: DownloadOptions, attention: str | None = None, what: str = ""
+    source: ModelOptions,
+    hub: DownloadOptions,
+    attention: str | None = None,
+    what: str = "",
+    *,
+    chat: bool = False,
 ) -> engine.ChatEngine:
     """Replaces `engine.load`."""
-    del hub, attention, what
+    del hub, attention, what, chat
     if source.model == "missing":
         raise OSError("missing is not a folder, and the hub has no model of that name")
     tokenizer = Tokenizer(template=source.model == "with-template")

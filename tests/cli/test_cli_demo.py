@@ -48,6 +48,15 @@ def test_chat_in_a_pipe() -> None:
     assert "tokens/s" not in result.stderr  # speeds are printed in terminals only
 
 
+def test_the_demo_answers_in_a_chat_and_completes_otherwise() -> None:
+    """`chat` adds the adapter, `generate` does not."""
+    talk = run("chat", "-t", "0", "--repetition-penalty", "1", text="Hello\n")
+    assert talk.stdout.startswith("Hello! Ask me"), talk.stderr
+    text = "<|user|>Hello<|assistant|>"
+    code = run("generate", text, "-t", "0", "--repetition-penalty", "1", "-n", "12", "--quiet")
+    assert code.returncode == 0 and not code.stdout.startswith("Hello!")
+
+
 def test_ctrl_c_stops_a_reply_in_a_terminal() -> None:
     with Terminal([*CLI, "chat", "--temperature", "9", "--top-p", "1", "-n", "3000"]) as terminal:
         terminal.expect("\n> ", seconds=60)

@@ -90,8 +90,10 @@ def test_queries_find_their_function(model: SentenceTransformer, query: str, nam
 
 def test_the_documented_recalls_are_above_the_baselines() -> None:
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| ([^|]*TF-IDF[^|]*|\*\*[^|]*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
-    *baselines, (own, *values) = [row for row in table]
+    table = re.findall(
+        r"^\| ([^|]*TF-IDF[^|]*|\*\*[^|]*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M
+    )
+    *baselines, (own, *values) = table
     assert len(baselines) == 2 and own.startswith("**the model")
     for _, *others in baselines:
         assert float(values[1]) > float(others[1]) and float(values[3]) > float(others[3])
@@ -104,7 +106,10 @@ def test_definitions_and_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     # The second text of the same words is left out, as are functions without any.
     assert [(one.title, one.documentation) for one in found] == [
         ("rows.Reader", "Read rows from a file."),
-        ("rows.Reader.nextRow(self, skip_blank=True)", "Return the next row. Raise StopIteration at the end."),
+        (
+            "rows.Reader.nextRow(self, skip_blank=True)",
+            "Return the next row. Raise StopIteration at the end.",
+        ),
     ]
     assert corpus.code_pairs(found)[1] == {
         "anchor": "def nextRow(self, skip_blank=True):\nreturn next(self._rows)",
@@ -119,19 +124,26 @@ def test_definitions_and_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_modules_are_held_out_with_their_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = tool("search_corpus", monkeypatch)
-    for one, other in (("decimal", "_pydecimal"), ("io", "_pyio"), ("csv", "_csv"), ("xml", "xml.dom.minidom")):
+    for one, other in (
+        ("decimal", "_pydecimal"),
+        ("io", "_pyio"),
+        ("csv", "_csv"),
+        ("xml", "xml.dom.minidom"),
+    ):
         assert corpus.is_held_out(one) == corpus.is_held_out(other)
     names = sorted(sys.stdlib_module_names)
     assert 0.05 < sum(map(corpus.is_held_out, names)) / len(names) < 0.15
     held = next(name for name in names if corpus.is_held_out(name))
     monkeypatch.setattr(corpus, "public_modules", lambda: [held])
-    assert list(corpus._introspected_pairs()) == []
+    assert list(corpus.introspected_pairs()) == []
 
 
 def test_training_starts_from_tf_idf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Before training, texts that share a rare word are nearer than texts that share frequent ones."""
     trainer = tool("train_search", monkeypatch)
-    texts = [f"return the {word} of the file" for word in ("owner", "size", "name", "mode", "lines", "path")] * 2
+    texts = [
+        f"return the {word} of the file" for word in ("owner", "size", "name", "mode", "lines", "path")
+    ] * 2
     texts += ["the owner pays", "getHTTPHeader"] * 2
     trainer.start(tmp_path, texts)
     own = SentenceTransformer(str(tmp_path), device="cpu")

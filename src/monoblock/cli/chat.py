@@ -80,7 +80,7 @@ def chat(
     from monoblock.cli import engine
     from monoblock.cli.session import Session
 
-    loaded = engine.load(source, hub, attn_implementation, "monoblock chat")
+    loaded = engine.load(source, hub, attn_implementation, "monoblock chat", chat=True)
     if text is not None:
         loaded.tokenizer.chat_template = text
     Session(loaded, settings, conversation, autosave=history, quiet=quiet).run()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -177,9 +181,11 @@ def load(
     hub: DownloadOptions,
     attention: str | None = None,
     what: str = "monoblock generate",
+    *,
+    chat: bool = False,
 ) -> ChatEngine:
     """Load model and tokenizer. `attention`: `attn_implementation` of from_pretrained. `what`: the command, for
-    errors."""
+    errors. `chat`: the embedded demo has its chat adapter."""
     from monoblock.pipelines.frameworks import chosen
     from monoblock.serving.engine.loading import processor_of
 
@@ -187,6 +193,13 @@ def load(
     import monoblock
 
     path, name = locate(source.model)
+    if source.model is None and chat:
+        from monoblock import demo_chat
+
+        # The files are mapped into memory, so that they stay until the end of the process.
+        folder = tempfile.mkdtemp(prefix="monoblock-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        path = str(demo_chat.merged(Path(folder)))
     where = hub.kwargs() if source.model else {}
     options = source.kwargs() | where | ({} if attention is None else {"attn_implementation": attention})
     pytorch = framework.backend == "pytorch"

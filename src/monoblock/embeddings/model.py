@@ -41,8 +41,9 @@ class SentenceTransformer(ModuleSequence):
 
     Args:
         model_name_or_path: a folder or a name on the hub; names without an organisation are those of
-            "sentence-transformers", except "demo-embeddings", the embedded search model. Without a modules.json, the vectors are the means of the tokens' hidden states, or
-            the last token's if the config names a causal language model; a warning reports this.
+            "sentence-transformers", except "demo-embeddings", the embedded search model. Without a modules.json, the
+            vectors are the means of the tokens' hidden states, or the last token's if the config names a causal
+            language model; a warning reports this.
         modules: instead of a name, the modules: a `Transformer`, then `Pooling`, `Dense`, `LayerNorm`, `Normalize`.
         device: a device of the framework; by default the accelerator, if there is one.
         prompts: name -> text that `encode` puts before each text; they override those of the files.

@@ -1,6 +1,7 @@
 """Read an index: its vectors in blocks, its texts by row, its description. Memory is bounded by a block.
 
-Vectors of int8 are directions: each row has a scale of its own, which the file does not tell, so they have a cosine only.
+Vectors of int8 are directions: each row has a scale of its own, which the file does not tell, so they have a cosine
+only.
 """
 
 from __future__ import annotations

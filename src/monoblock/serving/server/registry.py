@@ -74,8 +74,8 @@ class ModelRegistry:
         return any(entry.state == "loading" for entry in self.entries.values())
 
     def find(self, name: str | None, *kinds: ModelKind) -> ModelEntry:
-        """The entry of that name, or of that folder. For None the only one, extra ones apart, or an extra one of `kinds`
-        if that is of another kind. ApiError 404 if there is none."""
+        """The entry of that name, or of that folder. For None the only one, extra ones apart, or an extra one of
+        `kinds` if that is of another kind. ApiError 404 if there is none."""
         if name is None:
             given = [entry for entry in self.entries.values() if not entry.extra]
             if len(given) == 1:

@@ -110,7 +110,12 @@ async def rerank(request: Request) -> Response:
                 scores, tokens = await _similarities(body, model)
             else:
                 scores, tokens = await _pair_scores(body, model)
-            return _ranked(body, state.registry.find(body.model, ModelKind.CLASSIFY, ModelKind.EMBED).name, scores, tokens)
+            return _ranked(
+                body,
+                state.registry.find(body.model, ModelKind.CLASSIFY, ModelKind.EMBED).name,
+                scores,
+                tokens,
+            )
 
     return await timed_answer(request, state, work())
 
