@@ -24,7 +24,7 @@ INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monobl
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types test-core test-all test-page test-ecosystem test-optimum docs clean
+.PHONY: help demo test lint format types test-core test-all test-page test-ecosystem test-optimum docs clean test-notebooks
 .PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest wheel mutate search-model chat-adapter
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
@@ -89,6 +89,11 @@ test-oldest-%: .venv-oldest-%/.installed
 embed-million: $(VENV)/.installed-test ## `monoblock embed` on 1,000,000 texts: killed, resumed, memory checked (minutes)
 	@echo "== a million texts"
 	@$(VENV)/bin/python bench/embed_million.py
+
+test-notebooks: $(VENV)/.installed-test ## run the notebooks in examples/ whole (minutes; not in `test`)
+	@echo "== notebooks"
+	@$(VENV)/bin/python $(PIP) -e ".[test,train,notebooks]"
+	@MONOBLOCK_TEST_NOTEBOOKS=1 $(VENV)/bin/python -m pytest tests/core/test_notebooks.py
 
 search-model: $(VENV)/.installed-test ## train the embedded search model and write its index (20 minutes)
 	@$(VENV)/bin/python $(PIP) -e ".[train]"

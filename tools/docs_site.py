@@ -6,6 +6,7 @@ the root, and the programs in examples/, become pages too. Imports no framework.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -138,6 +139,9 @@ FURTHER = {
     "outputs": [f"monoblock.outputs.{name}" for name in OUTPUTS],
     "tools": [
         "monoblock.demo.path",
+        "monoblock.demo_chat.merged",
+        "monoblock.demo_embeddings.path",
+        "monoblock.demo_embeddings.index",
         "monoblock.utils.attention_visualizer.AttentionMaskVisualizer",
         "monoblock.conversion.convert.convert",
         "monoblock.conversion.convert.Options",
@@ -200,7 +204,29 @@ def root_pages() -> dict[str, str]:
     for path in sorted((ROOT / "examples").glob("*.py")):
         code = path.read_text(encoding="utf-8")
         pages[f"examples/{path.stem}.md"] = f"# {path.name}\n\n```python\n{code}```\n"
+    for path in sorted((ROOT / "examples").glob("*.ipynb")):
+        pages[f"examples/{path.stem}.md"] = notebook(path)
     return pages
+
+
+def notebook(path: Path) -> str:
+    """A notebook as Markdown: its texts, code, printed lines and pictures."""
+    found: list[str] = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            found.append(source.replace("](../docs/", "](../"))
+            continue
+        found.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
+            if "image/png" in data:
+                found.append(f"![a picture](data:image/png;base64,{data['image/png'].strip()})")
+            elif picture := data.get("image/svg+xml", data.get("text/html")):
+                found.append(picture)
+            elif text := data.get("text/plain", "".join(output.get("text", ""))):
+                found.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(found) + "\n"
 
 
 def relinked(text: str, folder: str) -> str:
@@ -215,7 +241,7 @@ def relinked(text: str, folder: str) -> str:
         if path in DOCUMENTS:
             path = DOCUMENTS[path]
         elif path.startswith("examples/"):
-            path = f"{path.removesuffix('.py')}.md"
+            path = f"{Path(path).with_suffix('')}.md"
         else:
             path = path.removeprefix("docs/")
         return f"]({path}{anchor})"

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import inspect
 import io
+import random
 import re
 import sys
 import warnings
@@ -22,6 +23,7 @@ import demo_corpus as corpus
 
 HELD_OUT = 10  # one family of modules in so many
 DOCUMENTATION, CODE, ENTRY = 320, 480, 150  # characters of a text
+COPIES = 2  # with other lines and words left out, of each pair of a definition
 NAMED = {"library": 2, "tests": 6}  # of the functions without documentation, one in so many is trained on
 # Modules that act when imported, or that are no library.
 NOT_IMPORTED = {
@@ -162,6 +164,25 @@ def training_pairs(found: Iterable[Definition]) -> list[dict[str, str]]:
     functions without documentation."""
     own = [one for one in found if not one.held_out]
     return [*code_pairs(own), *search_pairs(own), *introspected_pairs(), *_body_pairs()]
+
+
+def thinned(found: Iterable[Definition]) -> list[dict[str, str]]:
+    """Copies of the pairs of definitions that lack other lines and words each, so that a pair cannot be learnt by
+    heart."""
+    own = [one for one in found if not one.held_out]
+    pairs = code_pairs(own) * (COPIES + 1) + search_pairs(own) * COPIES
+    drawn = random.Random(0)
+    return [{name: _thinned(text, drawn) for name, text in pair.items()} for pair in pairs]
+
+
+def _thinned(text: str, drawn: random.Random) -> str:
+    """The text without a third of its lines, if it has more than two, and without a fifth of the words of the rest."""
+    lines = text.split("\n")
+    if len(lines) > 2:
+        lines = [line for line in lines if drawn.random() < 0.67] or lines[:1]
+    kept = ["".join(part for part in re.findall(r"\w+|\W+", line) if drawn.random() < 0.8) for line in lines]
+    thin = "\n".join(line for line in kept if line.strip())
+    return thin if re.search(r"\w", thin) else text
 
 
 def held_out_pairs(found: Iterable[Definition]) -> list[dict[str, str]]:

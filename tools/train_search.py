@@ -120,10 +120,10 @@ def start(folder: Path, texts: Sequence[str]) -> None:
 
 
 def write_data(found: Sequence[corpus.Definition]) -> list[str]:
-    """Write the records of training and evaluation; returns the texts of the former."""
+    """Write the records of training and evaluation; returns the whole texts of the former."""
     training = corpus.training_pairs(found)
     held = corpus.held_out_pairs(found)
-    for name, pairs in (("train", training), ("held-out", held)):
+    for name, pairs in (("train", training + corpus.thinned(found)), ("held-out", held)):
         lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
         (BUILD / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return [text for pair in training for text in pair.values()]
@@ -187,10 +187,10 @@ Vectors = Callable[[Sequence[str], Sequence[str]], tuple[np.ndarray, np.ndarray]
 def recalls(pairs: Sequence[dict[str, str]], vectors: Vectors) -> dict[str, float]:
     """The retrieval of each distinct anchor's positives among all distinct positives, by cosine."""
     queries, texts = ([*dict.fromkeys(pair[name] for pair in pairs)] for name in ("anchor", "positive"))
-    places = {text: index for index, text in enumerate(texts)}
+    rows_of = {text: index for index, text in enumerate(texts)}
     relevant: dict[str, set[int]] = {}
     for pair in pairs:
-        relevant.setdefault(pair["anchor"], set()).add(places[pair["positive"]])
+        relevant.setdefault(pair["anchor"], set()).add(rows_of[pair["positive"]])
     return scores.retrieval(*vectors(queries, texts), [sorted(relevant[query]) for query in queries])
 
 

@@ -110,7 +110,8 @@ def test_constraints_satisfy_the_requirements() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
     extras = project["optional-dependencies"]
-    required = [line for name in ("torch", "jax", "tf", "test", "ecosystem", "docs") for line in extras[name]]
+    names = ("torch", "jax", "tf", "test", "ecosystem", "docs", "notebooks")
+    required = [line for name in names for line in extras[name]]
     for line in [*project["dependencies"], *required]:
         requirement = Requirement(line)
         if requirement.name != "monoblock" and (requirement.marker is None or requirement.marker.evaluate()):

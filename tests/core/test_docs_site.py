@@ -35,6 +35,13 @@ def test_every_public_name_is_on_one_page_of_the_api_reference() -> None:
     assert set(monoblock.__all__) <= set(described)
 
 
+def test_notebooks_become_pages() -> None:
+    page = site.root_pages()["examples/jax_and_keras.md"]
+    assert page.startswith("# The same model on JAX and Keras") and "```python\nimport" in page
+    assert "```text\n" in page and "(data:image/png;base64," in page
+    assert "](../training.md#" in site.root_pages()["examples/embeddings_and_search.md"]
+
+
 def test_every_page_is_in_the_navigation() -> None:
     pages = {*site.api_pages(), *site.root_pages(), *(path.name for path in (ROOT / "docs").glob("*.md"))}
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
@@ -49,6 +56,7 @@ def test_every_page_is_in_the_navigation() -> None:
         ("", "docs/performance/batch.svg", "performance/batch.svg"),
         ("docs", "cli.md#exit-codes", "cli.md#exit-codes"),
         ("docs", "../examples/finetune_flax.py", "examples/finetune_flax.md"),
+        ("", "examples/jax_and_keras.ipynb", "examples/jax_and_keras.md"),
         ("docs", "../SECURITY.md", "security-policy.md"),
         ("docs", "#memory", "#memory"),
         ("docs", "https://a.example/docs/x.md", "https://a.example/docs/x.md"),
