@@ -19,11 +19,11 @@ from pathlib import Path
 import chat_corpus
 import search_corpus
 import torch
+from peft import load_peft_weights
 from reports import Clock, replace_section
 
 from monoblock import AutoModelForCausalLM, AutoTokenizer, demo_chat
 from monoblock.checkpoint.save import save_tensors
-from monoblock.checkpoint.store import open_store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUILD = REPOSITORY / "build" / "chat"
@@ -54,8 +54,9 @@ def write_data() -> None:
 def export() -> None:
     """Write the adapter in bfloat16, and the report."""
     trained, target = BUILD / "adapter", demo_chat.path()
-    store = open_store([trained / "adapter_model.safetensors"], "pt")
-    tensors = {name: store.tensor(name).to(torch.bfloat16) for name in store}
+    tensors = {
+        name: tensor.to(torch.bfloat16) for name, tensor in load_peft_weights(str(trained), device="cpu").items()
+    }
     save_tensors(BUILD / "bfloat16", tensors, framework="pt")
     shutil.copyfile(BUILD / "bfloat16" / "model.safetensors", target / "adapter_model.safetensors")
     config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
