@@ -19,6 +19,7 @@ class Framework:
     needs: tuple[str, ...]
     extra: str
     backend: str
+    learning: str = ""  # the backend's module with the learners; "": it has none
 
     @property
     def install(self) -> str:
@@ -43,7 +44,7 @@ class Framework:
     @property
     def learners(self) -> Any:
         """The backend's classes that train and evaluate models, by the form of their loss."""
-        return importlib.import_module(f"monoblock.backends.{self.backend}.training.kinds").LEARNERS
+        return importlib.import_module(f"monoblock.backends.{self.backend}.{self.learning}").LEARNERS
 
     def missing(self) -> str | None:
         """The first of its packages that is not installed; None if all are installed."""
@@ -52,8 +53,17 @@ class Framework:
 
 # In the order of preference.
 FRAMEWORKS: dict[str, Framework] = {
-    "pt": Framework(name="PyTorch", prefix="", needs=("torch",), extra="torch", backend="pytorch"),
-    "flax": Framework(name="JAX", prefix="Flax", needs=("jax", "flax"), extra="jax", backend="flax"),
+    "pt": Framework(
+        name="PyTorch",
+        prefix="",
+        needs=("torch",),
+        extra="torch",
+        backend="pytorch",
+        learning="training.kinds",
+    ),
+    "flax": Framework(
+        name="JAX", prefix="Flax", needs=("jax", "flax"), extra="jax", backend="flax", learning="learner"
+    ),
     "tf": Framework(name="TensorFlow", prefix="TF", needs=("tensorflow", "keras"), extra="tf", backend="tf"),
 }
 

@@ -19,6 +19,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 PROBLEMS = ("single-label", "multi-label", "regression")
 QUANTIZED = ("int8", "int4")
+FRAMEWORKS = ("pt", "flax")
 FALLING = ("loss", "perplexity", "mse")  # metrics that are better if lower
 
 # The metrics of each task beside the loss; some depend on the data.
@@ -134,6 +135,9 @@ class TrainingOptions:
         0.999, "AdamW's beta2, the decay of the mean of squared gradients.", least=0, below=1
     )
     epsilon: float = _option(1e-8, "AdamW's addend to the denominator.", above=0)
+    framework: str = _option(
+        "pt", "pt (PyTorch), or flax (JAX) for the tasks lm and classification.", choices=FRAMEWORKS
+    )
     max_grad_norm: float = _option(1.0, "Norm to which gradients are clipped; 0: no clipping.", least=0)
     seed: int = _option(0, "The same seed gives the same run.")
     dtype: str = _option("float32", f"Type of weights and activations: {', '.join(DTYPES)}.", choices=DTYPES)
@@ -228,6 +232,11 @@ class TrainingOptions:
             )
         if self.task == "embedding":
             self._refuse("lora_rank", "has no effect with task=embedding, which trains all weights")
+        if self.framework == "flax":
+            if self.task not in ON_JAX:
+                raise ValueError(f"framework=flax trains the tasks {' and '.join(ON_JAX)}, not {self.task}: use pt")
+            for name in PYTORCH_ONLY:
+                self._refuse(name, "needs framework=pt")
         if self.packing and self.task not in ("lm", "chat"):
             raise ValueError(f"packing is for the tasks lm and chat, not for {self.task}")
 
@@ -291,6 +300,10 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
     "dpo_beta": ("preference",),
 }
 
+# Tasks of framework=flax, and options that it does not have.
+ON_JAX = ("lm", "classification")
+PYTORCH_ONLY = ("packing", "dtype", "freeze", "lora_rank")
+
 # The options of an evaluation.
 EVALUATION = (
     "model",
@@ -308,6 +321,7 @@ EVALUATION = (
     "matryoshka",
     "batch_size",
     "seed",
+    "framework",
     "dtype",
     "device",
     "revision",

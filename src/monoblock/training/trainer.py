@@ -257,7 +257,7 @@ class Prepared:
 def prepare(options: TrainingOptions, task: Task, *, adopt: bool = False) -> Prepared:
     """Read config and tokenizer of the options' model, and bind the task to them. `adopt`: the labels are the model's.
     ValueError: the model does not fit the options."""
-    framework = frameworks.chosen("pt", "fine-tuning")
+    framework = frameworks.chosen(options.framework, "fine-tuning")
     base = str(demo_path()) if options.model is None else options.model
     hub: dict[str, Any] = {"local_files_only": options.offline}
     if options.revision is not None:
