@@ -52,7 +52,9 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for output in cell.outputs:
             size = len(str(output))
             if size > PICTURE * 4 / 3:  # base64
-                raise ValueError(f"an output of the cell {cell.source[:40]!r} has {size:,} characters: make it smaller")
+                raise ValueError(
+                    f"an output of the cell {cell.source[:40]!r} has {size:,} characters: make it smaller"
+                )
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

@@ -55,7 +55,8 @@ def export() -> None:
     """Write the adapter in bfloat16, and the report."""
     trained, target = BUILD / "adapter", demo_chat.path()
     tensors = {
-        name: tensor.to(torch.bfloat16) for name, tensor in load_peft_weights(str(trained), device="cpu").items()
+        name: tensor.to(torch.bfloat16)
+        for name, tensor in load_peft_weights(str(trained), device="cpu").items()
     }
     save_tensors(BUILD / "bfloat16", tensors, framework="pt")
     shutil.copyfile(BUILD / "bfloat16" / "model.safetensors", target / "adapter_model.safetensors")

@@ -37,6 +37,7 @@ RECIPE = Path(__file__).with_name("search.yaml")
 PAGE, PICTURE = REPOSITORY / "docs" / "training.md", REPOSITORY / "docs" / "search-loss.svg"
 SPECIALS = START, PADDING, STOP, UNKNOWN, MASK = "<s>", "<pad>", "</s>", "[UNK]", "<mask>"
 VOCAB, WIDTH, LAYERS, HEADS, MLP, TOKENS = 6000, 128, 2, 4, 384, 128
+TRAINED = 64  # tokens of a text in training (max_length of the recipe); later positions are not trained
 SEED = 0
 SPREAD, QUIET = 0.57, 0.0005  # standard deviations of the tokens' vectors and of the positions'
 LEVELS = 31  # of the index's values on each side of 0: 5 bits and a sign, which a wheel compresses
@@ -141,7 +142,9 @@ def export(found: Sequence[corpus.Definition]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     trained = BUILD / "model"
     how = WeightOnlyConfig(bits=8, group_size=64)
-    SentenceTransformer(str(trained), framework="pt", quantization_config=how).save_pretrained(folder)
+    model = SentenceTransformer(str(trained), framework="pt", quantization_config=how)
+    model.max_seq_length = TRAINED
+    model.save_pretrained(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > SIZE_LIMIT:
         raise SystemExit(f"{folder} has {size:,} bytes; it may have {SIZE_LIMIT:,}")

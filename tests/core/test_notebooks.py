@@ -46,14 +46,18 @@ def test_the_code_compiles_and_imports_names_that_exist(path: Path) -> None:
             module = importlib.import_module(node.module or "")
             names = {*dir(module), *getattr(module, "_NAMES", ()), *getattr(module, "_PACKAGES", ())}
             for alias in node.names:
-                submodule = importlib.util.find_spec(f"{node.module}.{alias.name}") if "." not in alias.name else None
+                submodule = (
+                    importlib.util.find_spec(f"{node.module}.{alias.name}") if "." not in alias.name else None
+                )
                 assert alias.name in names or submodule is not None, f"{node.module}.{alias.name}"
 
 
 @each
 def test_the_outputs_are_stored_in_order_and_small(path: Path) -> None:
     code = cells(path)
-    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)], "run tools/run_notebooks.py"
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)], (
+        "run tools/run_notebooks.py"
+    )
     outputs = [output for cell in code for output in cell["outputs"]]
     assert not any(output["output_type"] == "error" for output in outputs)
     kinds = {kind for output in outputs for kind in output.get("data", {})}

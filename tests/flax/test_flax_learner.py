@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("optax")
-pytest.importorskip("orbax.checkpoint")
-torch = pytest.importorskip("torch")
-
 import training_runs
 from training_runs import jsonl, metrics, sentences
 
 from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.store import open_store
-from monoblock.training import Trainer, TrainingOptions
+from monoblock.training import Trainer, TrainingOptions, trainer
 
 # Float32 sums in another order; AdamW divides by the root of small squares, so that later steps differ more.
 FIRST, LATER = 2e-5, 2e-3
@@ -46,8 +43,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def run(task: str, models: Any, data: Any, output: Path, resume: bool = False, **more: Any) -> list[dict[str, Any]]:
-    options = {"task": task, "framework": "flax", "max_steps": 8, "eval_fraction": 0.2, "max_length": 16, **more}
+def run(
+    task: str, models: Any, data: Any, output: Path, resume: bool = False, **more: Any
+) -> list[dict[str, Any]]:
+    options = {
+        "task": task,
+        "framework": "flax",
+        "max_steps": 8,
+        "eval_fraction": 0.2,
+        "max_length": 16,
+        **more,
+    }
     made = training_runs.options(models[task], data[task], output, **options)
     Trainer(made).train(resume=resume)
     return metrics(output)
@@ -58,9 +64,6 @@ def losses(lines: list[dict[str, Any]]) -> np.ndarray:
 
 
 def without_dropout(model: Path, folder: Path) -> Path:
-    import json
-    import shutil
-
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {name: 0.0 for name in config if "dropout" in name or name.endswith("pdrop")}
@@ -91,7 +94,6 @@ def test_a_resumed_run_has_the_same_weights(
     """With dropout, whose keys are those of the step."""
     options = {"save_every": 3, "max_steps": 6, "sample_prompt": ("the",), "sample_tokens": 3}
     run("lm", models, data, tmp_path / "whole", **options)
-    from monoblock.training import trainer
 
     def stop(self: Any) -> int:
         if self.state.step == 4:
@@ -108,7 +110,9 @@ def test_a_resumed_run_has_the_same_weights(
     one, two = (open_store(find_weights(tmp_path / name), "np") for name in ("whole", "parts"))
     for name in one:
         assert np.array_equal(one.tensor(name), two.tensor(name)), name
-    assert (tmp_path / "whole" / "samples.jsonl").read_text() == (tmp_path / "parts" / "samples.jsonl").read_text()
+    assert (tmp_path / "whole" / "samples.jsonl").read_text() == (
+        tmp_path / "parts" / "samples.jsonl"
+    ).read_text()
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,10 @@ def test_the_key_from_the_environment_and_a_port_in_use() -> None:
         assert running.post().status_code == 401
         running.http.headers["Authorization"] = "Bearer sesame"
         assert running.post(model="mine").status_code == 200
-        assert [one["id"] for one in running.http.get("/v1/models").json()["data"]] == ["mine", "demo-embeddings"]
+        assert [one["id"] for one in running.http.get("/v1/models").json()["data"]] == [
+            "mine",
+            "demo-embeddings",
+        ]
         vectors = running.http.post("/v1/embeddings", json={"input": ["read a file", "open a file"]})
         assert vectors.status_code == 200 and vectors.json()["model"] == "demo-embeddings"
         assert len(vectors.json()["data"][0]["embedding"]) >= 64

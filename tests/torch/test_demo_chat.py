@@ -23,7 +23,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_adapter_is_small() -> None:
     files = [path for path in demo_chat.path().iterdir() if path.is_file()]
-    assert {path.name for path in files} == {"__init__.py", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in files} == {
+        "__init__.py",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert sum(path.stat().st_size for path in files) < 1_000_000
 
 
@@ -33,7 +37,9 @@ def test_merged_weights(folder: Path) -> None:
     content = (demo_chat.path() / "adapter_model.safetensors").read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     adapter = {
-        name: torch.frombuffer(bytearray(content[start:][slice(*entry["data_offsets"])]), dtype=torch.bfloat16)
+        name: torch.frombuffer(
+            bytearray(content[start:][slice(*entry["data_offsets"])]), dtype=torch.bfloat16
+        )
         .reshape(entry["shape"])
         .float()
         for name, entry in json.loads(content[8:start]).items()

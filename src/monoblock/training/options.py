@@ -234,7 +234,9 @@ class TrainingOptions:
             self._refuse("lora_rank", "has no effect with task=embedding, which trains all weights")
         if self.framework == "flax":
             if self.task not in ON_JAX:
-                raise ValueError(f"framework=flax trains the tasks {' and '.join(ON_JAX)}, not {self.task}: use pt")
+                raise ValueError(
+                    f"framework=flax trains the tasks {' and '.join(ON_JAX)}, not {self.task}: use pt"
+                )
             for name in PYTORCH_ONLY:
                 self._refuse(name, "needs framework=pt")
         if self.packing and self.task not in ("lm", "chat"):

@@ -12,8 +12,8 @@ from monoblock.training.tasks.base import IGNORED, TokenRow
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Rows padded on the right, arrays (rows, tokens): ids, the mask of real tokens, positions that restart at each text
-    of a packed row, the number of each text in its row, and labels if all texts have some."""
+    """Rows padded on the right, arrays (rows, tokens): ids, the mask of real tokens, positions that restart at each
+    text of a packed row, the number of each text in its row, and labels if all texts have some."""
 
     ids: np.ndarray
     mask: np.ndarray

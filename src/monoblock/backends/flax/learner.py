@@ -177,7 +177,8 @@ class FlaxLearner:
             saver.save((folder / _STATE).absolute(), self.state)
 
     def restore(self, folder: Path) -> None:
-        """Set the state of a checkpoint, whose weights are loaded already. CheckpointError: it is of other parameters."""
+        """Set the state of a checkpoint, whose weights are loaded already. CheckpointError: it is of other
+        parameters."""
         checkpoint = _package("orbax.checkpoint")
         shapes = jax.tree.map(checkpoint.utils.to_shape_dtype_struct, self.state)
         try:
