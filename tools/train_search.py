@@ -40,7 +40,7 @@ VOCAB, WIDTH, LAYERS, HEADS, MLP, TOKENS = 6000, 128, 2, 4, 384, 128
 TRAINED = 64  # tokens of a text in training (max_length of the recipe); later positions are not trained
 SEED = 0
 SPREAD, QUIET = 0.57, 0.0005  # standard deviations of the tokens' vectors and of the positions'
-LEVELS = 31  # of the index's values on each side of 0: 5 bits and a sign, which a wheel compresses
+LEVELS = 15  # of the index's values on each side of 0: 4 bits and a sign, which a wheel compresses
 SIZE_LIMIT = 4_000_000  # bytes of the model
 
 
