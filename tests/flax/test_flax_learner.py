@@ -34,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     top = tmp_path_factory.mktemp("data")
-    texts = sentences(24)
+    texts = sentences(20)
     return {
         "lm": jsonl(top / "lm.jsonl", [{"text": text} for text in texts]),
         "classification": jsonl(

@@ -67,7 +67,7 @@ def test_the_index_is_of_the_model(model: SentenceTransformer) -> None:
     texts = index.texts(rows)
     found = model.encode([texts[row] for row in rows], normalize_embeddings=True)
     stored = vectors[list(rows)] / np.linalg.norm(vectors[list(rows)], axis=1, keepdims=True)
-    # 15 levels on each side: errors of 5% of a value, 0.2% of the cosine; another kernel's int8 products differ by less.
+    # 15 levels on each side cost 0.2% of the cosine; another kernel's int8 products differ by less.
     assert (found * stored).sum(1).min() > 0.995
 
 
@@ -148,7 +148,9 @@ def test_training_starts_from_tf_idf(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     trainer.start(tmp_path, texts)
     own = SentenceTransformer(str(tmp_path), device="cpu")
     assert own.tokenizer.tokenize("getFileSize")[0] == "get"
-    rare, frequent = own.encode(["owner pays", "the size of the file"]) @ own.encode(["the owner of the file"]).T
+    rare, frequent = (
+        own.encode(["owner pays", "the size of the file"]) @ own.encode(["the owner of the file"]).T
+    )
     assert rare > frequent
 
 
