@@ -92,7 +92,13 @@ def test_a_resumed_run_has_the_same_weights(
     models: dict[str, Path], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout, whose keys are those of the step."""
-    options = {"save_every": 3, "max_steps": 6, "sample_prompt": ("the",), "sample_tokens": 3}
+    options = {
+        "device": "auto",
+        "save_every": 3,
+        "max_steps": 6,
+        "sample_prompt": ("the",),
+        "sample_tokens": 3,
+    }
     run("lm", models, data, tmp_path / "whole", **options)
 
     def stop(self: Any) -> int:

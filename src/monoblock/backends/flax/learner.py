@@ -44,7 +44,7 @@ class FlaxLearner:
         del base  # there is no adapter
         self.task, self.options = task, options
         set_seed(options.seed)
-        self.device = found_device(None if options.device == "auto" else options.device)
+        self.device = None if options.device == "auto" else found_device(options.device)
         where: dict[str, Any] = {"local_files_only": options.offline}
         if options.revision is not None and not Path(source).is_dir():
             where["revision"] = options.revision
