@@ -402,7 +402,7 @@ def test_refused_indexes(source: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="with the texts is missing"):
         open_index(output)
     np.save(output, np.zeros(3, np.float32))
-    with pytest.raises(ValueError, match=r"expected floats \[texts, width\]"):
+    with pytest.raises(ValueError, match=r"expected floats or int8 \[texts, width\], row by row"):
         open_index(output)
     with pytest.raises(FileNotFoundError, match="no such file"):
         open_index(tmp_path / "y.npy")
