@@ -95,7 +95,7 @@ test-notebooks: $(VENV)/.installed-test ## run the notebooks in examples/ whole 
 	@$(VENV)/bin/python $(PIP) -e ".[test,train,notebooks]"
 	@MONOBLOCK_TEST_NOTEBOOKS=1 $(VENV)/bin/python -m pytest tests/core/test_notebooks.py
 
-search-model: $(VENV)/.installed-test ## train the embedded search model and write its index (20 minutes)
+search-model: $(VENV)/.installed-test ## train the embedded search model and write its index (10 minutes)
 	@$(VENV)/bin/python $(PIP) -e ".[train]"
 	@$(VENV)/bin/python tools/train_search.py
 

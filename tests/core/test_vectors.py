@@ -443,6 +443,7 @@ def test_vectors_of_int8_are_directions(tmp_path: Path) -> None:
     index = open_index(path)
     (block,) = index.blocks()
     assert block.dtype == np.float32 and index.width == 3
+    assert index.description["similarity"] == "cosine"  # whatever that of the query's model is
     scores, rows = nearest(index.blocks(), np.array([[31, 0, 4]], np.float32), 1)
     assert rows.tolist() == [[0]] and abs(scores[0, 0] - 1) < 1e-6
     (tmp_path / "x.npy.index.json").write_text('{"similarity": "dot"}')

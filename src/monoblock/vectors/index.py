@@ -55,9 +55,11 @@ class NpyIndex(Index):
                 f"{path} holds an array {array.shape} of {array.dtype}; expected floats or int8 [texts, width], row by "
                 "row"
             )
-        similarity = description.get("similarity") or "cosine"
-        if array.dtype == np.int8 and similarity != "cosine":
-            raise ValueError(f"{path} holds vectors of int8, which have a cosine, but no {similarity}")
+        if array.dtype == np.int8:
+            similarity = description.get("similarity") or "cosine"
+            if similarity != "cosine":
+                raise ValueError(f"{path} holds vectors of int8, which have a cosine, but no {similarity}")
+            description = {**description, "similarity": similarity}
         self._shape, self._dtype, self._offset = array.shape, array.dtype, array.offset
         lines = beside(path, "texts.jsonl")
         if not lines.is_file():
