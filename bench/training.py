@@ -7,7 +7,7 @@ the share of the matrix rate of the machine.
     python bench/training.py --adapter qlora          ... on int4 weights, beside peft on bfloat16 ones
 
 transformers trains float32 weights with AdamW, in bfloat16 by autocast; monoblock is what `monoblock finetune` runs.
-Peak memory is that of the process, with its imports. `--adapter` needs peft for the comparison. Every contestant runs
+Peak memory is that of the process, with its imports. `--adapter` needs peft for the comparison. Every library runs
 in a process of its own; those of one form are alive together.
 """
 
@@ -156,7 +156,7 @@ def worker(given: argparse.Namespace) -> None:
         print(json.dumps(found), file=answers, flush=True)
 
 
-class Contestant:
+class TrainingProcess:
     """A process that trains."""
 
     def __init__(self, name: str, form: str, given: argparse.Namespace, folder: str | None) -> None:
@@ -233,13 +233,13 @@ def main() -> None:
     print("| | tokens per second | of transformers' | share of the matrix rate | peak memory, MB | loss |")
     print("|---|---|---|---|---|---|")
     for form in given.form.split(","):
-        contestants = [Contestant(name, form, given, folder) for name in given.only.split(",")]
+        processes = [TrainingProcess(name, form, given, folder) for name in given.only.split(",")]
         for _ in range(given.runs):
-            for contestant in contestants:
-                contestant.step()
-        seconds = {c.name: [step["seconds"] for step in c.steps] for c in contestants}
+            for process in processes:
+                process.step()
+        seconds = {c.name: [step["seconds"] for step in c.steps] for c in processes}
         base = seconds.get("transformers")
-        for c in contestants:
+        for c in processes:
             rates = sorted(BATCH * LENGTH / s for s in seconds[c.name])
             ratio = (
                 statistics.median(b / s for b, s in zip(base, seconds[c.name], strict=True)) if base else None
