@@ -1,4 +1,4 @@
-"""Sharding of parameters over a device mesh, by canonical names, for every framework.
+"""Plans for models on several devices: which dimension of each parameter is sharded, for every framework.
 
 The axes of the mesh have three kinds:
 
@@ -7,45 +7,73 @@ The axes of the mesh have three kinds:
   (arXiv:2304.11277).
 - tensor: shards parameters only (arXiv:1909.08053): column-parallel (outputs) in qkv and up projections, row-parallel
   (inputs) in out and down projections, and vocabulary tables by rows.
+
+`RULES` has the dimensions by canonical name. `split` gives them for a compiler that inserts the communication itself
+(JAX). `tensor_plan` gives the slices of each tensor in the files, by its name there, for processes that hold only their
+own shards (PyTorch), each of which is a model of the spec `shard_spec`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal, NamedTuple
 
+from monoblock.checkpoint.keymap import Interleaved, KeyMap, Op, PerHead, Split, SplitEach, Transposed
 from monoblock.heads import KINDS, HeadSpec
-from monoblock.spec import ArchSpec
-from monoblock.tree import parameters
+from monoblock.spec import Alibi, ArchSpec
+from monoblock.tree import parameters, tied
 
 Names = tuple[str, ...]
 AxisNames = str | Names | None  # one axis, several that shard jointly (the first one is major), or none
 
-# Suffix of a canonical name -> the dimension sharded by the tensor axis, and the dimension of the model's width,
-# sharded by fsdp; matrices are (outputs, inputs). Replicated: norms, biases of row-parallel layers, and position
-# tables, which are small.
-_LAYER: dict[str, tuple[int | None, int | None]] = {
-    "attn.qkv.weight": (0, 1),
-    "attn.qkv.bias": (0, None),
-    "attn.out.weight": (1, 0),
-    "mlp.up.weight": (0, 1),
-    "mlp.up.bias": (0, None),
-    "mlp.gate_up.weight": (0, 1),
-    "mlp.gate_up.bias": (0, None),
-    "mlp.down.weight": (1, 0),
+Style = Literal["replicated", "column", "row", "vocabulary", "heads"]
+
+
+class Rule(NamedTuple):
+    """How a parameter is sharded: the dimension of the tensor axis, and that of the model's width, sharded by fsdp.
+    Matrices are (outputs, inputs). "vocabulary": rows, in shards that may differ by one row; "heads": values of each
+    head outside the matrices, small enough to replicate where a compiler places them."""
+
+    style: Style
+    tensor: int | None = None
+    width: int | None = None
+
+
+_REPLICATED = Rule("replicated")
+# Suffix of a canonical name -> its rule. Replicated: norms, biases of row-parallel layers, and position tables.
+RULES: dict[str, Rule] = {
+    "attn.qkv.weight": Rule("column", 0, 1),
+    "attn.qkv.bias": Rule("column", 0),
+    "attn.out.weight": Rule("row", 1, 0),
+    "mlp.up.weight": Rule("column", 0, 1),
+    "mlp.up.bias": Rule("column", 0),
+    "mlp.gate_up.weight": Rule("column", 0, 1),
+    "mlp.gate_up.bias": Rule("column", 0),
+    "mlp.down.weight": Rule("row", 1, 0),
+    "embed.weight": Rule("vocabulary", 0, 1),
+    "rel_bias.weight": Rule("heads", 1),
+    "patch_embed.weight": Rule("replicated", None, 0),
+    "head.dense.weight": Rule("replicated", None, 1),
+    "head.summary.weight": Rule("replicated", None, 1),
+    "head.out.weight": Rule("replicated", None, 1),
 }
-_OUTSIDE: dict[str, tuple[int | None, int | None]] = {
-    "embed.weight": (0, 1),
-    "patch_embed.weight": (None, 0),
-    "head.dense.weight": (None, 1),
-    "head.summary.weight": (None, 1),
-}
-_HEAD: dict[bool, dict[str, tuple[int | None, int | None]]] = {
-    True: {"head.out.weight": (0, 1), "head.out.bias": (0, None)},  # over the vocabulary
-    False: {"head.out.weight": (None, 1)},
-}
-_VOCABULARY = ("embed.weight", "head.out.weight", "head.out.bias")
+_VOCABULARY_HEAD = {"head.out.weight": Rule("vocabulary", 0, 1), "head.out.bias": Rule("vocabulary", 0)}
+_NORMS_OF_ALL_HEADS = {f"attn.{x}_norm.{p}": Rule("heads", 0) for x in ("q", "k") for p in ("weight", "bias")}
+
+
+def rules(spec: ArchSpec, head: HeadSpec | None) -> dict[str, Rule]:
+    """Canonical name -> the rule of each parameter."""
+    table = dict(RULES)
+    if head is not None and KINDS[head.kind].size == "vocab":
+        table |= _VOCABULARY_HEAD
+    if spec.attention.qk_norm is not None and spec.attention.qk_norm.span == "width":
+        table |= _NORMS_OF_ALL_HEADS
+    return {
+        name: table.get(name.split(".", 2)[2] if name.startswith("blocks.") else name, _REPLICATED)
+        for name in parameters(spec, head)
+    }
 
 
 @dataclass(frozen=True)
@@ -118,19 +146,14 @@ def split(
     ):
         _check(what, size, axes.tensor, tensor, "tensor_axis")
     _check("channels of the model's width", spec.width, axes.fsdp, fsdp, "fsdp_axis")
-    of_vocabulary = head is not None and KINDS[head.kind].size == "vocab"
-    table = _OUTSIDE | _HEAD[of_vocabulary]
-    found: dict[str, tuple[Names, ...]] = {}
-    for name, shape in parameters(spec, head).items():
-        wide, width = (
-            _LAYER.get(name.split(".", 2)[2], (None, None))
-            if name.startswith("blocks.")
-            else table.get(name, (None, None))
-        )
-        if wide is not None and name in _VOCABULARY and shape[wide] % tensor:
+    shapes, found = parameters(spec, head), dict[str, tuple[Names, ...]]()
+    for name, rule in rules(spec, head).items():
+        wide = None if rule.style == "heads" else rule.tensor
+        if rule.style == "vocabulary" and shapes[name][0] % tensor:
             wide = None
         found[name] = tuple(
-            axes.tensor if axis == wide else axes.fsdp if axis == width else () for axis in range(len(shape))
+            axes.tensor if axis == wide else axes.fsdp if axis == rule.width else ()
+            for axis in range(len(shapes[name]))
         )
     return found
 
@@ -141,3 +164,149 @@ def _check(what: str, size: int, axes: Names, count: int, argument: str) -> None
             f"the {size} {what} are not divisible by the {count} shards of the mesh's {axes_text(axes)}: give a mesh "
             f"whose size divides them, or {argument}=None"
         )
+
+
+# ---------------------------------------------------------------------------- slices of files
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlibiShard(Alibi):
+    """ALiBi of some heads of a model: `heads` of them in all, from `first` on."""
+
+    heads: int
+    first: int
+
+    def slopes(self, heads: int) -> tuple[float, ...]:
+        """The slopes of these heads, `heads` of them."""
+        return super().slopes(self.heads)[self.first : self.first + heads]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """The shards of one tensor of a file along `dim` (None: replicated): each of the `sizes`, which add up to that
+    dimension, is sharded for itself, since a fused matrix has several groups of rows."""
+
+    canonical: str
+    style: Style
+    dim: int | None
+    sizes: tuple[int, ...] = ()
+
+    def slices(self, rank: int, count: int) -> tuple[slice, ...]:
+        """The slices along `dim` of process `rank` of `count`, in the order in which its shard holds them."""
+        found, start = list[slice](), 0
+        for size in self.sizes:
+            found.append(slice(start + size * rank // count, start + size * (rank + 1) // count))
+            start += size
+        return tuple(found)
+
+    def size(self, rank: int, count: int) -> int:
+        """The length of the shard along `dim`."""
+        return sum(one.stop - one.start for one in self.slices(rank, count))
+
+
+def check_shards(spec: ArchSpec, count: int, argument: str = "tensor_parallel") -> None:
+    """ValueError: the layers do not divide into `count` equal shards; names what does not, and the counts that would
+    do."""
+    att = spec.attention
+    divided = {
+        "attention heads": att.heads,
+        "key and value heads": att.kv_heads,
+        "channels of the MLP": spec.mlp.width,
+    }
+    if count < 1:
+        raise ValueError(f"{argument}={count}: give at least 1")
+    wrong = [f"{size} {what}" for what, size in divided.items() if size % count]
+    if spec.vocab < count:
+        wrong.append(f"{spec.vocab} rows of the vocabulary")
+    if wrong:
+        fitting = [str(n) for n in range(1, att.kv_heads + 1) if not any(x % n for x in divided.values())]
+        raise ValueError(
+            f"{argument}={count}: the {' and the '.join(wrong)} do not divide into {count} shards: give "
+            f"{' or '.join(fitting)}"
+        )
+
+
+def shard_spec(spec: ArchSpec, rank: int, count: int) -> ArchSpec:
+    """The spec of the part of a model that process `rank` of `count` holds: its heads and channels of the MLP. Width
+    and vocabulary are those of the whole. ValueError as of `check_shards`."""
+    check_shards(spec, count)
+    att, heads = spec.attention, spec.attention.heads // count
+    alibi = spec.position(Alibi)
+    return replace(
+        spec,
+        attention=replace(att, heads=heads, kv_heads=att.kv_heads // count),
+        mlp=replace(spec.mlp, width=spec.mlp.width // count),
+        positions=tuple(
+            AlibiShard(bias_max=alibi.bias_max, heads=att.heads, first=rank * heads)
+            if position is alibi and alibi is not None
+            else position
+            for position in spec.positions
+        ),
+    )
+
+
+def shardings(
+    spec: ArchSpec, head: HeadSpec | None, canonical: str, op: Op, rule: Rule | None = None
+) -> tuple[Sharding, ...]:
+    """The shards of the tensors in which files of layout `op` hold a canonical parameter of the whole model."""
+    rule = rule or rules(spec, head)[canonical]
+    shape = parameters(spec, head)[canonical]
+
+    def one(dim: int | None, *sizes: int) -> Sharding:
+        return Sharding(
+            canonical=canonical, style=rule.style, dim=dim, sizes=sizes if dim is not None else ()
+        )
+
+    dim = rule.tensor
+    if isinstance(op, Split | SplitEach):
+        return tuple(one(dim, shape[0] if dim is None else size) for size in op.sizes)
+    if dim is None:
+        return (one(None),)
+    if isinstance(op, PerHead | Interleaved):
+        return (one(dim, shape[dim]),)
+    att, last = spec.attention, canonical.split(".")[-2]
+    kv = att.kv_heads * att.head_dim
+    groups = {"qkv": (att.heads * att.head_dim, kv, kv), "gate_up": (spec.mlp.width, spec.mlp.width)}
+    sizes = groups.get(last, (shape[dim],))
+    return (one(1 - dim if isinstance(op, Transposed) and len(shape) == 2 else dim, *sizes),)
+
+
+def shard_op(op: Op, count: int) -> Op:
+    """The layout of a shard of a column-parallel matrix whose whole has layout `op`."""
+    match op:
+        case Split(sizes=sizes):
+            return Split(tuple(size // count for size in sizes))
+        case SplitEach(sizes=sizes, ops=ops):
+            return SplitEach(
+                tuple(size // count for size in sizes), tuple(shard_op(one, count) for one in ops)
+            )
+        case PerHead(heads=heads):
+            return PerHead(heads // count)
+        case Interleaved(heads=heads):
+            return Interleaved(heads // count)
+        case _:
+            return op
+
+
+def shard_shape(
+    spec: ArchSpec, head: HeadSpec | None, canonical: str, rank: int, count: int
+) -> tuple[int, ...]:
+    """The canonical shape of a parameter's shard."""
+    shape, rule = list(parameters(spec, head)[canonical]), rules(spec, head)[canonical]
+    if rule.tensor is not None:
+        size = shape[rule.tensor]
+        shape[rule.tensor] = size * (rank + 1) // count - size * rank // count
+    return tuple(shape)
+
+
+def tensor_plan(spec: ArchSpec, head: HeadSpec | None, keymap: KeyMap) -> dict[str, Sharding]:
+    """The sharding of every tensor of a model's files, by its name there; a tied head's name has that of the table
+    that it shares."""
+    table, found = rules(spec, head), dict[str, Sharding]()
+    for canonical in parameters(spec, head):
+        source = keymap.source(canonical)
+        shards = shardings(spec, head, canonical, source.op, table[canonical])
+        found |= dict(zip(source.names, shards, strict=True))
+    for second, first in tied(spec, head).items():
+        found[keymap.source(second).names[0]] = found[keymap.source(first).names[0]]
+    return found

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 import monoblock
-from monoblock.partition import Axes, AxisNames, split
+from monoblock.families import FAMILIES, family
+from monoblock.heads import KINDS
+from monoblock.modules import MATRICES
+from monoblock.partition import Axes, AxisNames, check_shards, shard_shape, shard_spec, split, tensor_plan
+from monoblock.spec import Alibi
+from monoblock.tree import parameters, tied
 
 CONFIG = {
     "hidden_size": 32,
@@ -126,3 +131,101 @@ def test_biases_are_sharded_like_the_outputs_of_their_layer() -> None:
     assert found["blocks.0.attn.out.bias"] == found["blocks.0.mlp.down.bias"] == ((),)
     assert found["rel_bias.weight"] == found["pos_embed.weight"] == ((), ())
     assert found["head.dense.weight"] == ((), ("fsdp",))
+
+
+# ---------------------------------------------------------------------------- slices of files
+
+
+def files(model_config: Any, head: str | None) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+    """Name -> style, dimension and sharded sizes."""
+    found = tensor_plan(
+        model_config.to_spec(),
+        model_config.to_head(head) if head else None,
+        family(model_config.model_type).keymap(model_config, head),
+    )
+    return {name: (shard.style, shard.dim, shard.sizes) for name, shard in found.items()}
+
+
+def test_plan_of_separate_gated_and_grouped_matrices() -> None:
+    found = files(config(), "causal")
+    layer = "model.layers.0."
+    assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == ("vocabulary", 0, (62,))
+    assert found[f"{layer}self_attn.q_proj.weight"] == ("column", 0, (32,))
+    assert found[f"{layer}self_attn.k_proj.weight"] == ("column", 0, (16,))
+    assert found[f"{layer}self_attn.o_proj.weight"] == ("row", 1, (32,))
+    assert (
+        found[f"{layer}mlp.gate_proj.weight"] == found[f"{layer}mlp.up_proj.weight"] == ("column", 0, (48,))
+    )
+    assert found[f"{layer}mlp.down_proj.weight"] == ("row", 1, (48,))
+    assert found["model.norm.weight"] == ("replicated", None, ())
+
+
+def test_plan_of_fused_and_transposed_matrices() -> None:
+    attention = {"attn_type": "grouped_query_attention", "kv_n_heads": 2}
+    mpt = monoblock.MptConfig(d_model=32, n_heads=4, n_layers=1, attn_config=attention, no_bias=False)
+    found = files(mpt, "causal")
+    assert found["transformer.blocks.0.attn.Wqkv.weight"] == ("column", 0, (32, 16, 16))
+    assert found["transformer.blocks.0.attn.Wqkv.bias"] == ("column", 0, (32, 16, 16))
+    assert found["transformer.blocks.0.attn.out_proj.bias"] == ("replicated", None, ())
+    assert found["lm_head.weight"] == found["transformer.wte.weight"]  # tied
+    fuyu = monoblock.FuyuConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=64)
+    found = files(fuyu, "causal")
+    qkv = "model.language_model.layers.0.self_attn.query_key_value.weight"
+    assert found[qkv] == ("column", 0, (96,))  # by head, so that a shard is contiguous
+    gpt = monoblock.OpenAIGPTConfig(n_embd=32, n_head=4, n_layer=1, vocab_size=64)
+    found = files(gpt, "causal")
+    assert found["transformer.h.0.attn.c_attn.weight"] == ("column", 1, (32, 32, 32))
+    assert found["transformer.h.0.attn.c_proj.weight"] == ("row", 0, (32,))
+    mpnet = monoblock.MPNetConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=63)
+    found = files(mpnet, "masked")
+    assert found["mpnet.encoder.relative_attention_bias.weight"] == ("heads", 1, (4,))
+    assert found["lm_head.bias"] == ("vocabulary", 0, (63,))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_shards_cover_every_parameter_of_every_class_once(model_type: str) -> None:
+    model_config: Any = family(model_type).config()
+    spec, count = model_config.to_spec(), 4
+    for row in family(model_type).classes:
+        head = model_config.to_head(row.head) if row.head else None
+        keymap = family(model_type).keymap(model_config, row.head)
+        plan, shapes = tensor_plan(spec, head, keymap), parameters(spec, head)
+        names = {name for c in (*shapes, *tied(spec, head)) for name in keymap.source(c).names}
+        assert plan.keys() == names
+        sharded = 0
+        for name, shard in plan.items():
+            parts = [one for rank in range(count) for one in shard.slices(rank, count)]
+            covered = sorted(i for one in parts for i in range(one.start, one.stop))
+            assert covered == list(range(sum(shard.sizes))), name
+            sharded += shard.dim is not None
+        assert sharded >= len(MATRICES) * spec.layers + (
+            head is not None and KINDS[head.kind].size == "vocab"
+        )
+        for canonical, shape in shapes.items():
+            shards = [shard_shape(spec, head, canonical, rank, count) for rank in range(count)]
+            for size, *held in zip(shape, *shards, strict=True):
+                assert sum(held) == size or set(held) == {size}, canonical
+
+
+def test_a_shard_is_a_spec_with_its_heads_and_slopes() -> None:
+    spec = monoblock.MptConfig(d_model=48, n_heads=6, n_layers=1).to_spec()
+    shards = [shard_spec(spec, rank, 3) for rank in range(3)]
+    assert [s.attention.heads for s in shards] == [2, 2, 2]
+    assert shards[0].mlp.width * 3 == spec.mlp.width and shards[0].vocab == spec.vocab
+    slopes = [slope for s in shards for slope in s.position(Alibi).slopes(2)]  # pyright: ignore
+    assert tuple(slopes) == spec.position(Alibi).slopes(6)  # pyright: ignore
+
+
+def test_heads_that_do_not_divide_are_refused_by_name() -> None:
+    with pytest.raises(
+        ValueError, match="the 2 key and value heads do not divide into 4 shards: give 1 or 2"
+    ):
+        check_shards(config().to_spec(), 4)
+    with pytest.raises(
+        ValueError, match="3: the 4 attention heads and the 2 key and value heads do not divide"
+    ):
+        check_shards(config().to_spec(), 3)
+    with pytest.raises(ValueError, match="the 47 channels of the MLP do not divide into 2 shards: give 1"):
+        check_shards(config(intermediate_size=47).to_spec(), 2)
+    with pytest.raises(ValueError, match="tensor_parallel=0: give at least 1"):
+        check_shards(config().to_spec(), 0)
