@@ -24,7 +24,7 @@ INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monobl
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types test-core test-all test-page test-ecosystem test-optimum docs clean test-notebooks
+.PHONY: help demo test lint format types test-core test-all test-page test-ecosystem test-optimum docs clean test-notebooks test-distributed
 .PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest wheel mutate search-model chat-adapter
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
@@ -78,6 +78,9 @@ test-optimum-%: .venv-optimum-%/.installed
 	@echo "== exported folders in optimum: $*"
 	@MONOBLOCK_TEST_ECOSYSTEM=1 USE_TF=0 USE_FLAX=0 .venv-optimum-$*/bin/python -m pytest \
 		tests/ecosystem/test_export_files.py -k "(optimum or sentence_transformers) and $*"
+test-distributed: $(VENV)/.installed-test ## four processes, and the commands that start processes (not in `test`)
+	@echo "== several processes"
+	@MONOBLOCK_TEST_DISTRIBUTED=1 $(VENV)/bin/python -m pytest tests/distributed
 
 test-oldest: $(OLDEST:%=test-oldest-%) ## the tests with the oldest versions that pyproject.toml admits
 

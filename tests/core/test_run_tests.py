@@ -18,8 +18,8 @@ assert SPEC.loader is not None
 run_tests: Any = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(run_tests)
 
-# Folders that need another environment and have their own target in the Makefile.
-OTHER_TARGETS = {"tests/ecosystem"}
+# Folders that need another environment or more time, and have their own target in the Makefile.
+OTHER_TARGETS = {"tests/distributed", "tests/ecosystem"}
 
 
 def test_every_folder_of_tests_is_run() -> None:

@@ -280,7 +280,6 @@ def test_attn_implementation_argument(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"tp_plan": "auto"}, ValueError, "does not take tp_plan: tensor parallelism"),
         ({"gguf_file": "x.gguf"}, HubError, "has no x.gguf"),
         ({"no_such_argument": 1}, TypeError, "does not know the argument 'no_such_argument'"),
     ],

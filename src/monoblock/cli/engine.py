@@ -186,6 +186,8 @@ def load(
 ) -> ChatEngine:
     """Load model and tokenizer. `attention`: `attn_implementation` of from_pretrained. `what`: the command, for
     errors. `chat`: the embedded demo has its chat adapter."""
+    sharded: bool = False,
+    errors. `sharded`: this process's shard of the model, in the processes of `shards.processes`."""
     from monoblock.pipelines.frameworks import chosen
     from monoblock.serving.engine.loading import processor_of
 
@@ -205,10 +207,17 @@ def load(
     pytorch = framework.backend == "pytorch"
     if not pytorch and source.quantize is not None:
         raise typer.BadParameter(f"--quantize needs PyTorch, but the framework is {framework.name}")
+    if not pytorch and sharded:
+        raise typer.BadParameter(f"--tensor-parallel needs PyTorch, but the framework is {framework.name}")
     tokenizer = monoblock.AutoTokenizer.from_pretrained(path, **where)
     auto = getattr(monoblock, f"{framework.prefix}AutoModelForCausalLM")
     if pytorch:
-        device = device_map(source.device)
+        device = None if sharded else device_map(source.device)
+        if sharded:
+            from monoblock.cli import shards
+
+            shards.join(source.device)
+            options["tp_plan"] = "auto"
         model = auto.from_pretrained(path, **options, **({"device_map": device} if device else {}))
         model.eval()
     else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +37,12 @@ def generate(
     echo: Annotated[
         bool | None, typer.Option("--echo/--no-echo", help="Print the prompt first; default: at a terminal.")
     ] = None,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Shard the model over this many processes of this machine, on GPUs or CPUs (PyTorch)."
+        ),
+    ] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No counts and speeds on stderr.")] = False,
 ) -> None:
     """Continue a text with a model; without --model, with the embedded demo, a tiny model for Python code.
@@ -48,7 +55,22 @@ def generate(
     options = sampling.kwargs()
     from monoblock.cli import engine
 
-    loaded = engine.load(source, hub)
+    with contextlib.ExitStack() as stack:
+        if tensor_parallel > 1:
+            from monoblock.cli import shards
+
+            engine.need_pytorch("monoblock generate --tensor-parallel")
+            stack.enter_context(shards.processes(tensor_parallel, source, hub, text, options))
+        loaded = engine.load(source, hub, sharded=tensor_parallel > 1)
+        interrupted = _complete(loaded, text, options, stream, echo, quiet)
+    if interrupted:
+        raise typer.Exit(console.INTERRUPTED)
+
+
+def _complete(
+    loaded: Any, text: str, options: dict[str, Any], stream: bool, echo: bool | None, quiet: bool
+) -> bool:
+    """Print the completion; whether it was interrupted."""
     if sys.stdout.isatty() if echo is None else echo:
         console.write(text)
     reply = loaded.complete(
@@ -60,8 +82,7 @@ def generate(
         console.write("\n")
     if not quiet:
         console.note(reply.summary())
-    if reply.interrupted:
-        raise typer.Exit(console.INTERRUPTED)
+    return reply.interrupted
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

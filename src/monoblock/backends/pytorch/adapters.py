@@ -32,6 +32,7 @@ class AdapterMixin:
     def add_adapter(self: Any, adapter_config: Any, adapter_name: str = "default") -> None:
         """Put a new adapter (a peft config, such as LoraConfig) into the model, and choose it. ValueError: there is one
         of that name already."""
+        self.refuse_sharded("an adapter")
         package = peft()
         if self._hf_peft_config_loaded and adapter_name in self.peft_config:
             raise ValueError(f"an adapter named {adapter_name!r} is there already: give another adapter_name")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,12 @@ from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix
 from monoblock.checkpoint.keymap import KeyMap, TensorSource
 from monoblock.families import Family, ModelClass
 from monoblock.heads import KINDS, HeadSpec
+from monoblock.partition import shard_op, shard_shape
 from monoblock.quantization import QuantizationConfig
 from monoblock.spec import ArchSpec
+
+if TYPE_CHECKING:
+    from monoblock.backends.pytorch.parallel.groups import TensorGroup
 
 
 class ModelBase(Part):
@@ -32,6 +36,7 @@ class ModelBase(Part):
     head_spec: HeadSpec | None
     quantization_config: QuantizationConfig | None = None
     module_paths: dict[str, str]
+    tensor_group: TensorGroup | None = None
 
     @property
     def arguments(self) -> frozenset[str]:
@@ -59,13 +64,22 @@ class ModelBase(Part):
         return self.family.keymap(self.config, self.row.head)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> canonical shape of each parameter, tied ones once."""
-        return tree.parameters(self.spec, self.head_spec)
+        """Canonical name -> canonical shape of each parameter, tied ones once; with `tp_plan`, of its shard."""
+        if (group := self.tensor_group) is None:
+            return tree.parameters(self.spec, self.head_spec)
+        whole, head = self.config.to_spec(), self.head_spec
+        return {
+            name: shard_shape(whole, head, name, group.rank, group.size)
+            for name in tree.parameters(whole, head)
+        }
 
     def sources(self) -> dict[str, TensorSource]:
         """Canonical name -> the parameters of this model that store it, and the operation. Includes quantised ones."""
         keymap = self.keymap()
-        return {name: keymap.source(name) for name in self.shapes()}
+        found = {name: keymap.source(name) for name in self.shapes()}
+        if (group := self.tensor_group) is None:
+            return found
+        return {name: TensorSource(s.names, shard_op(s.op, group.size)) for name, s in found.items()}
 
     def module_path(self, role: str, layer: int | None = None) -> str:
         """The dotted path of the module of a role."""
@@ -92,6 +106,13 @@ class ModelBase(Part):
             if self.has("lm_head"):
                 found[f"{out}.bias"] = f"{out.rpartition('.')[0]}.bias"
         return found
+
+    def refuse_sharded(self, what: str) -> None:
+        """ValueError if this model is sharded by `tp_plan`: `what` needs whole weights."""
+        if self.tensor_group is not None:
+            raise ValueError(
+                f"{what} is not available on a model with tp_plan, whose processes hold shards: load it without"
+            )
 
     # ------------------------------------------------------------------ modules and weights
 

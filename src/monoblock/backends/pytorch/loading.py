@@ -88,10 +88,12 @@ def load(
     put: Callable[[str, Tensor], None] | None = None,
     ignored: Callable[[str], bool] | None = None,
     strict: bool = True,
+    read_shard: Callable[[str, TensorSource, torch.dtype, torch.device], Tensor] | None = None,
 ) -> LoadReport:
     """Fill the model. `own`: canonical name -> the parameters of the model that hold it; `shapes` are the
     canonical ones; `device` maps a parameter to its device. `put` (path, tensor) replaces the assignment to the
-    parameter.
+    parameter. `read_shard` (canonical name, source, dtype, device) reads a shard of a canonical tensor; `shapes` are
+    then those of the whole model.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first such tensor and the nearest known name.
     A head that is missing in the files is reported, for the caller to initialise.
@@ -107,13 +109,17 @@ def load(
     )
     for canonical, source in _with_progress(sources, shapes) if put else sources.items():
         here = own[canonical]
-        if put is not None and isinstance(here.op, Split) and source.op == here.op:
+        if read_shard is not None:
+            shard = read_shard(canonical, source, dtype, device(here.names[0]))
+            tensors = as_parameters(here, shard)
+        elif put is not None and isinstance(here.op, Split) and source.op == here.op:
             # One at a time, so that only one unquantised matrix is in memory.
             for i, (name, size) in enumerate(zip(here.names, here.op.sizes, strict=True)):
                 one = TensorSource(source.names[i : i + 1], Same())
                 put(name, read(one, store, (size, *shapes[canonical][1:]), dtype, device(name)))
             continue
-        tensors = parameter_tensors(here, source, store, shapes[canonical], dtype, device(here.names[0]))
+        else:
+            tensors = parameter_tensors(here, source, store, shapes[canonical], dtype, device(here.names[0]))
         for name, tensor in zip(here.names, tensors.parts, strict=True):
             (put or functools.partial(assign, model))(name, tensor)
         if put is None and tensors.whole is not None:

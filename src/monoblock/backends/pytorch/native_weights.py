@@ -193,7 +193,14 @@ def library_obstacle(model: ModelBase) -> str | None:
         return f"PyTorch has {torch.get_num_threads()} threads and the native kernels one ({native.status()})"
     if (device := model.device.type) != "cpu":
         return f"device {device}"
-    return None
+    return sharding_obstacle(model)
+
+
+def sharding_obstacle(model: ModelBase) -> str | None:
+    """Why a model must run module by module: its processes exchange activations in each layer; None if it is whole."""
+    if model.tensor_group is None:
+        return None
+    return f"tp_plan: {model.tensor_group.size} processes sum activations in each layer"
 
 
 def weights_obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None:

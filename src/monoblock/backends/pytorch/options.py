@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from monoblock.backends import options
 from monoblock.checkpoint.hub import Kind
-from monoblock.quantization import parse_quantization
+from monoblock.quantization import BitsAndBytesConfig, parse_quantization
+
+if TYPE_CHECKING:
+    from monoblock.backends.pytorch.parallel.groups import TensorGroup
 
 
 class LoadOptions(options.CommonLoadOptions):
     """The options of a load; other keywords stay in `kwargs`."""
 
     prefix = "PyTorch"
-    refused: ClassVar[Mapping[str, str]] = {
-        "tp_plan": "tensor parallelism is applied to the loaded model, by torch.distributed's parallelize_module"
-    }
+    refused: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, kwargs: dict[str, Any]) -> None:
         super().__init__(kwargs)
@@ -28,8 +29,28 @@ class LoadOptions(options.CommonLoadOptions):
         self.generation_config = kwargs.pop("generation_config", None)
         self.max_memory = kwargs.pop("max_memory", None)
         self.offload_folder = kwargs.pop("offload_folder", None)
+        self.group = self._group(*(kwargs.pop(name, None) for name in ("tp_plan", "tp_size", "device_mesh")))
         kwargs.pop("code_revision", None)  # of code that is never run
         kwargs.pop("low_cpu_mem_usage", None)  # always so
+
+    def _group(self, tp_plan: Any, tp_size: Any, device_mesh: Any) -> TensorGroup | None:
+        """The processes over which the model is sharded; ValueError: an option that does not go with it."""
+        if tp_plan is None:
+            for name, value in (("tp_size", tp_size), ("device_mesh", device_mesh)):
+                if value is not None:
+                    raise ValueError(f"{name} is for sharded models: give tp_plan='auto' as well")
+            return None
+        if self.device_map is not None:
+            raise ValueError(
+                "tp_plan places the shards on the devices of the processes: leave device_map out"
+            )
+        if isinstance(self.quantization, BitsAndBytesConfig):
+            raise ValueError(
+                "bitsandbytes does not quantise shards: with tp_plan give quantization_config='int8' or 'int4'"
+            )
+        from monoblock.backends.pytorch.parallel.groups import tensor_group
+
+        return tensor_group(tp_plan, tp_size, device_mesh)
 
     def preferred(self, kwargs: dict[str, Any]) -> tuple[Kind, ...]:
         """The kind of files that `from_flax` or `from_tf` asks for."""

@@ -112,6 +112,7 @@ class Parameters(ModelBase):
 
         ValueError: they are already quantised, or the config names an unknown module.
         """
+        self.refuse_sharded("quantize()")
         how = parse_quantization(quantization_config)
         if how is None:
             raise ValueError('quantize() needs a quantization_config, such as "int8"')
@@ -121,6 +122,7 @@ class Parameters(ModelBase):
     def dequantize(self) -> Self:
         """Replace the quantised weights by dequantised ones; returns the model. ValueError: the model is not
         quantised by this library."""
+        self.refuse_sharded("dequantize()")
         quantize.dequantize(self)
         return self
 
@@ -164,11 +166,13 @@ class Parameters(ModelBase):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding (and with it a tied head's matrix)."""
+        self.refuse_sharded("set_input_embeddings()")
         replace(self, self.module_path("embed"), value)
         self.tie_weights()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the projection to the vocabulary."""
+        self.refuse_sharded("set_output_embeddings()")
         if self.get_output_embeddings() is None:
             raise ValueError(f"{self.row.name} has no projection to the vocabulary")
         replace(self, self.module_path("head_out"), new_embeddings)
@@ -184,6 +188,7 @@ class Parameters(ModelBase):
         New rows are the mean of the old ones, so that new tokens begin as an average token
         (`mean_resizing=False`: from the initial distribution).
         """
+        self.refuse_sharded("resize_token_embeddings()")
         old = self.spec.vocab
         new = old if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of:

@@ -46,6 +46,9 @@ from monoblock.backends.pytorch.model import (
 )
 from monoblock.backends.pytorch.options import LoadOptions
 from monoblock.backends.pytorch.packed_forward import unpadded_states
+from monoblock.backends.pytorch.parallel import files as shards
+from monoblock.backends.pytorch.parallel import groups
+from monoblock.backends.pytorch.parallel.modules import connect, shrink_tables
 from monoblock.backends.pytorch.parameters import Parameters
 from monoblock.backends.pytorch.parts import Part
 from monoblock.backends.pytorch.quantization import checkpoint
@@ -61,6 +64,7 @@ from monoblock.config import CONFIG_NAME, PretrainedConfig, as_own_config
 from monoblock.families import warn_of_another_class
 from monoblock.generation.config import GENERATION_CONFIG_NAME
 from monoblock.generation.config import as_own_config as own_generation_config
+from monoblock.partition import shard_spec
 from monoblock.quantization import BitsAndBytesConfig
 
 log = logging.getLogger("monoblock")
@@ -87,6 +91,9 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         super().__init__()
         self.config = config = as_own_config(config, self.family.config, self.row.name)
         self.spec = config.to_spec()
+        if (group := groups.current()) is not None:
+            self.tensor_group = group
+            self.spec = shard_spec(self.spec, group.rank, group.size)
         self.name_or_path = config.name_or_path
         head = self.row.head if add_pooling_layer or self.row.head != "pooler" else None
         self.head_spec = config.to_head(head) if head else None
@@ -95,6 +102,8 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         device = loading.new_parameters_device()
         with torch.device("meta"), loading.Uninitialised():
             self._build()
+            if self.tensor_group is not None:
+                shrink_tables(self, self.tensor_group)
         if getattr(config, "gradient_checkpointing", False):
             self.gradient_checkpointing_enable()
         self.set_attn_implementation(config._attn_implementation)
@@ -153,6 +162,8 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         shape = check_tokens(self.spec, ids, embeds)
         if ids is not None:
             given["input_ids"] = ids = as_indices(ids)
+        if self.tensor_group is not None:
+            self._refuse_inputs(given)
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
         if ids is None and (given.get("image_patches") is not None or given.get("pixel_values") is not None):
             raise ValueError(
@@ -185,6 +196,13 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
             hidden_states=None if context.hidden_states is None else tuple(context.hidden_states),
             attentions=None if context.attentions is None else tuple(context.attentions),
         )
+
+    def _refuse_inputs(self, given: Mapping[str, Any]) -> None:
+        """ValueError for an argument that has an axis of all heads."""
+        if given.get("head_mask") is not None:
+            self.refuse_sharded("head_mask")
+        if self._option(given, "output_attentions"):
+            self.refuse_sharded("output_attentions=True")
 
     def forward_headed(self, *args: Any, **kwargs: Any) -> Any:
         """The bare model, then the head; arguments, defaults and outputs are in the class's docstring."""
@@ -306,7 +324,9 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         "error_msgs"}). `generation_config`: one to use instead of the checkpoint's. `quantization_config`:
         "int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig; or `load_in_4bit`, `load_in_8bit`
         for the latter. A folder of quantised weights needs none. `attn_implementation`: "sdpa", "eager",
-        "flex_attention" or "flash_attention_2". `revision`, `token`, `cache_dir`, `local_files_only`,
+        "flex_attention" or "flash_attention_2". `tp_plan="auto"` shards the model over the processes that torchrun
+        started, each of which reads only its shards; `tp_size` (all processes by default) or a `device_mesh` with
+        an axis "tensor" choose which. `revision`, `token`, `cache_dir`, `local_files_only`,
         `force_download`, `subfolder`, `variant`, `use_safetensors` choose the files; `from_flax=True` and
         `from_tf=True` prefer transformers 4's flax_model.msgpack and tf_model.h5 to others. Other keywords set
         fields of the config (`num_labels=3`). HubError: the files cannot be had. CheckpointError: they do not
@@ -349,7 +369,7 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         dtype = loading.chosen_dtype(options.dtype, settings.dtype, quantized.plain(store))
         if options.dtype in (None, "auto") and dtype == torch.float16 and options.device_map is None:
             dtype = checkpoint.dtype_on_cpu(store, dtype)
-        with torch.device("meta"):
+        with torch.device("meta"), groups.constructing(options.group):
             model = cls(settings)
         info = model._load(store, dtype, options)
         settings.dtype = dtype
@@ -362,7 +382,14 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
 
     def _load(self, store: Any, dtype: torch.dtype, options: LoadOptions) -> dict[str, Any]:
         keymap = self.keymap()
-        placed = devices.Placement(self, options.device_map, options.max_memory, options.offload_folder)
+        group, spec = self.tensor_group, self.config.to_spec()
+        read_shard = None
+        if group is not None:
+            shards.check_loading(self, store, options.quantization)
+            plain = quantized.plain(store)
+            read_shard = functools.partial(shards.read_shard, spec, self.head_spec, plain, group)
+        where_to = options.device_map if group is None else group.device
+        placed = devices.Placement(self, where_to, options.max_memory, options.offload_folder)
         kept = checkpoint.load(self, store, dtype, placed.device, options.quantization, strict=options.strict)
         quantizer = checkpoint.quantizer(self, options.quantization)
         packed_names = {f"{name}.weight" for name in checkpoint.quantized_modules(self)}
@@ -378,12 +405,13 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
             quantized.plain(store),
             dtype=dtype,
             device=placed.device,
-            shapes={canonical: shape for canonical, shape in self.shapes().items() if canonical in own},
+            shapes={c: shape for c, shape in tree.parameters(spec, self.head_spec).items() if c in own},
             tied=tree.tied(self.spec, self.head_spec),
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
             put=quantizer.put if quantizer else None,
             ignored=self._ignored,
             strict=options.strict,
+            read_shard=read_shard,
         )
         report.unused += kept.unused
         report.extra += kept.extra
@@ -398,6 +426,9 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
             quantizer.finish()
         elif isinstance(options.quantization, BitsAndBytesConfig):
             self.quantize(options.quantization)
+        if group is not None:
+            shards.agree(self, made, group)
+            connect(self, group)
         placed.dispatch(self)
         where = self.name_or_path or "the checkpoint"
         if made:
@@ -444,7 +475,8 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
 
         `state_dict`: tensors to write instead of the model's, by the names of `state_dict()` (tied ones are
         written once). `max_shard_size`: bytes, or "5GB". `variant`: "fp16" writes model.fp16.safetensors.
-        `is_main_process=False` writes nothing. `save_function` is what transformers writes pickled files with:
+        `is_main_process=False` writes nothing. With `tp_plan` all processes call it, and one of them writes the whole
+        model, tensor by tensor. `save_function` is what transformers writes pickled files with:
         none are written here, and it is not called. With adapters added by `add_adapter`, the chosen one is
         written, as peft does. `push_to_hub=True` uploads the files too (`repo_id`, `private`, `commit_message`,
         ... as of `push_to_hub()`).
@@ -468,7 +500,24 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         if self._hf_peft_config_loaded:
             self.save_adapter(folder)
             return
+        if (group := self.tensor_group) is not None:
+            if state_dict is not None or self.quantization_config is not None or push_to_hub:
+                self.refuse_sharded("save_pretrained with state_dict=, push_to_hub= or quantised weights")
+            if group.writes:
+                with shards.whole_tensors(self, group) as whole:
+                    if whole is not None:
+                        self._write(folder, whole, max_shard_size, variant)
+            torch.distributed.barrier(group.group)
+            return
         tensors = self.hub_state_dict() if state_dict is None else self.file_names(state_dict)
+        self._write(folder, tensors, max_shard_size, variant)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), token=token, **kwargs)
+
+    def _write(
+        self, folder: Path, tensors: Mapping[str, Any], max_shard_size: int | str, variant: str | None
+    ) -> None:
+        """Write the files of `save_pretrained` with these tensors."""
         self.config.architectures = [self.config.stored_class(self.row.name)]
         self.config.dtype = self.dtype
         self.record_quantization()
@@ -479,8 +528,6 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         save_tensors(
             folder, tensors, framework="pt", max_shard_size=max_shard_size, extra_files=files, variant=variant
         )
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), token=token, **kwargs)
 
     # ------------------------------------------------------------------ switches and facts
 

@@ -21,6 +21,7 @@ from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation.static_step import Shape, StepState, static_step
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Attention
+from monoblock.backends.pytorch.native_weights import sharding_obstacle
 from monoblock.generation.decoder import GenerationPlan
 
 log = logging.getLogger("monoblock")
@@ -178,6 +179,8 @@ def obstacle(model: ModelBase) -> str | None:
     device = model.device
     if device.type not in CAPTURE:
         return f"device {device.type}"
+    if (why := sharding_obstacle(model)) is not None:
+        return why
     if (why := dispatch.spec_obstacle(model.spec) or dispatch.setting_obstacle(device)) is not None:
         return why
     for name, module in model.named_modules():

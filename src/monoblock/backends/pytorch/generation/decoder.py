@@ -64,6 +64,8 @@ class TorchGenerationMixin(ModelBase, GenerationMixin):
                 check_tensor(name, kwargs[name])
         if not isinstance(generator := kwargs.get("generator"), torch.Generator | None):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        if self.tensor_group is not None:
+            self._agree(kwargs, generation_config)
         with (
             torch.inference_mode(),
             _at_rest(self),
@@ -71,6 +73,16 @@ class TorchGenerationMixin(ModelBase, GenerationMixin):
             contextlib.closing(Runner(self)) as runner,
         ):
             return loop.generate(runner, inputs, generation_config, **kwargs)
+
+    def _agree(self, kwargs: dict[str, Any], config: GenerationConfig | None) -> None:
+        """Make the processes of a sharded model draw the same tokens: without a seed of the caller's, the first
+        process chooses one. ValueError: `max_time`, which would stop them at different tokens."""
+        given = kwargs.get("max_time", getattr(config or self.generation_config, "max_time", None))
+        if given is not None:
+            self.refuse_sharded("max_time")
+        if kwargs.get("seed") is None and kwargs.get("generator") is None:
+            assert self.tensor_group is not None
+            kwargs["seed"] = self.tensor_group.agreed(int(torch.randint(1 << 31, ())))
 
     def decoding_path(self) -> str:
         """How `generate` makes the tokens after a prompt on this model as it is now: "native step" (one call of the
