@@ -31,39 +31,44 @@ AxisNames = str | Names | None  # one axis, several that shard jointly (the firs
 Style = Literal["replicated", "column", "row", "vocabulary", "heads"]
 
 
-class Rule(NamedTuple):
+class ShardRule(NamedTuple):
     """How a parameter is sharded: the dimension of the tensor axis, and that of the model's width, sharded by fsdp.
     Matrices are (outputs, inputs). "vocabulary": rows, in shards that may differ by one row; "heads": values of each
-    head outside the matrices, small enough to replicate where a compiler places them."""
+    head outside the matrices, small, and replicated by `split`."""
 
     style: Style
     tensor: int | None = None
     width: int | None = None
 
 
-_REPLICATED = Rule("replicated")
+_REPLICATED = ShardRule("replicated")
 # Suffix of a canonical name -> its rule. Replicated: norms, biases of row-parallel layers, and position tables.
-RULES: dict[str, Rule] = {
-    "attn.qkv.weight": Rule("column", 0, 1),
-    "attn.qkv.bias": Rule("column", 0),
-    "attn.out.weight": Rule("row", 1, 0),
-    "mlp.up.weight": Rule("column", 0, 1),
-    "mlp.up.bias": Rule("column", 0),
-    "mlp.gate_up.weight": Rule("column", 0, 1),
-    "mlp.gate_up.bias": Rule("column", 0),
-    "mlp.down.weight": Rule("row", 1, 0),
-    "embed.weight": Rule("vocabulary", 0, 1),
-    "rel_bias.weight": Rule("heads", 1),
-    "patch_embed.weight": Rule("replicated", None, 0),
-    "head.dense.weight": Rule("replicated", None, 1),
-    "head.summary.weight": Rule("replicated", None, 1),
-    "head.out.weight": Rule("replicated", None, 1),
+RULES: dict[str, ShardRule] = {
+    "attn.qkv.weight": ShardRule("column", 0, 1),
+    "attn.qkv.bias": ShardRule("column", 0),
+    "attn.out.weight": ShardRule("row", 1, 0),
+    "mlp.up.weight": ShardRule("column", 0, 1),
+    "mlp.up.bias": ShardRule("column", 0),
+    "mlp.gate_up.weight": ShardRule("column", 0, 1),
+    "mlp.gate_up.bias": ShardRule("column", 0),
+    "mlp.down.weight": ShardRule("row", 1, 0),
+    "embed.weight": ShardRule("vocabulary", 0, 1),
+    "rel_bias.weight": ShardRule("heads", 1),
+    "patch_embed.weight": ShardRule("replicated", None, 0),
+    "head.dense.weight": ShardRule("replicated", None, 1),
+    "head.summary.weight": ShardRule("replicated", None, 1),
+    "head.out.weight": ShardRule("replicated", None, 1),
 }
-_VOCABULARY_HEAD = {"head.out.weight": Rule("vocabulary", 0, 1), "head.out.bias": Rule("vocabulary", 0)}
-_NORMS_OF_ALL_HEADS = {f"attn.{x}_norm.{p}": Rule("heads", 0) for x in ("q", "k") for p in ("weight", "bias")}
+_VOCABULARY_HEAD = {
+    "head.out.weight": ShardRule("vocabulary", 0, 1),
+    "head.out.bias": ShardRule("vocabulary", 0),
+}
+_NORMS_OF_ALL_HEADS = {
+    f"attn.{x}_norm.{p}": ShardRule("heads", 0) for x in ("q", "k") for p in ("weight", "bias")
+}
 
 
-def rules(spec: ArchSpec, head: HeadSpec | None) -> dict[str, Rule]:
+def rules(spec: ArchSpec, head: HeadSpec | None) -> dict[str, ShardRule]:
     """Canonical name -> the rule of each parameter."""
     table = dict(RULES)
     if head is not None and KINDS[head.kind].size == "vocab":
@@ -246,7 +251,7 @@ def shard_spec(spec: ArchSpec, rank: int, count: int) -> ArchSpec:
 
 
 def shardings(
-    spec: ArchSpec, head: HeadSpec | None, canonical: str, op: Op, rule: Rule | None = None
+    spec: ArchSpec, head: HeadSpec | None, canonical: str, op: Op, rule: ShardRule | None = None
 ) -> tuple[Sharding, ...]:
     """The shards of the tensors in which files of layout `op` hold a canonical parameter of the whole model."""
     rule = rule or rules(spec, head)[canonical]
@@ -288,15 +293,15 @@ def shard_op(op: Op, count: int) -> Op:
             return op
 
 
-def shard_shape(
-    spec: ArchSpec, head: HeadSpec | None, canonical: str, rank: int, count: int
-) -> tuple[int, ...]:
-    """The canonical shape of a parameter's shard."""
-    shape, rule = list(parameters(spec, head)[canonical]), rules(spec, head)[canonical]
-    if rule.tensor is not None:
-        size = shape[rule.tensor]
-        shape[rule.tensor] = size * (rank + 1) // count - size * rank // count
-    return tuple(shape)
+def shard_shapes(spec: ArchSpec, head: HeadSpec | None, rank: int, count: int) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> the canonical shape of each parameter's shard."""
+    table, found = rules(spec, head), dict[str, tuple[int, ...]]()
+    for name, whole in parameters(spec, head).items():
+        shape = list(whole)
+        if (dim := table[name].tensor) is not None:
+            shape[dim] = shape[dim] * (rank + 1) // count - shape[dim] * rank // count
+        found[name] = tuple(shape)
+    return found
 
 
 def tensor_plan(spec: ArchSpec, head: HeadSpec | None, keymap: KeyMap) -> dict[str, Sharding]:

@@ -11,7 +11,7 @@ import monoblock
 from monoblock.families import FAMILIES, family
 from monoblock.heads import KINDS
 from monoblock.modules import MATRICES
-from monoblock.partition import Axes, AxisNames, check_shards, shard_shape, shard_spec, split, tensor_plan
+from monoblock.partition import Axes, AxisNames, check_shards, shard_shapes, shard_spec, split, tensor_plan
 from monoblock.spec import Alibi
 from monoblock.tree import parameters, tied
 
@@ -201,9 +201,9 @@ def test_shards_cover_every_parameter_of_every_class_once(model_type: str) -> No
         assert sharded >= len(MATRICES) * spec.layers + (
             head is not None and KINDS[head.kind].size == "vocab"
         )
+        shards = [shard_shapes(spec, head, rank, count) for rank in range(count)]
         for canonical, shape in shapes.items():
-            shards = [shard_shape(spec, head, canonical, rank, count) for rank in range(count)]
-            for size, *held in zip(shape, *shards, strict=True):
+            for size, *held in zip(shape, *(one[canonical] for one in shards), strict=True):
                 assert sum(held) == size or set(held) == {size}, canonical
 
 

@@ -17,6 +17,7 @@ COMMANDS = (
     "search",
     "attention",
     "info",
+    "plan",
     "convert",
     "export",
     "quantize",

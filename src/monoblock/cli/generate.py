@@ -60,7 +60,7 @@ def generate(
             from monoblock.cli import shards
 
             engine.need_pytorch("monoblock generate --tensor-parallel")
-            stack.enter_context(shards.processes(tensor_parallel, source, hub, text, options))
+            stack.enter_context(shards.processes(tensor_parallel, source, hub, text, MAX_NEW_TOKENS, options))
         loaded = engine.load(source, hub, sharded=tensor_parallel > 1)
         interrupted = _complete(loaded, text, options, stream, echo, quiet)
     if interrupted:

@@ -26,11 +26,19 @@ _POLL = 0.1  # seconds between looks at the other processes
 
 @contextmanager
 def processes(
-    count: int, source: FrameworkModelOptions, hub: DownloadOptions, text: str, options: dict[str, Any]
+    count: int,
+    source: FrameworkModelOptions,
+    hub: DownloadOptions,
+    text: str,
+    limit: int,
+    options: dict[str, Any],
 ) -> Iterator[None]:
-    """Start the other processes, which complete the same text; within, this process is the first of them. The command
-    ends with an error if one of them fails. ValueError: the model does not divide into that many shards."""
+    """Start the other processes, which complete the same text (`limit`: new tokens by default); within, this process is
+    the first of them. The command ends with an error if one of them fails. ValueError: the model does not divide into
+    that many shards."""
     import torch
+
+    from monoblock.cli import engine
 
     _check(count, source, hub)
     with socket.socket() as probe:
@@ -42,11 +50,13 @@ def processes(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    if not _on_gpus(source.device):
+    if not engine.on_gpus(source.device, count):
         threads = max(1, torch.get_num_threads() // count)
         shared["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-    job = json.dumps({"source": asdict(source), "hub": asdict(hub), "text": text, "options": options})
+    job = json.dumps(
+        {"source": asdict(source), "hub": asdict(hub), "text": text, "limit": limit, "options": options}
+    )
     others: list[subprocess.Popen[str]] = []
     ended = threading.Event()
     try:
@@ -91,23 +101,6 @@ def _check(count: int, source: FrameworkModelOptions, hub: DownloadOptions) -> N
         )
 
 
-def _on_gpus(device: str) -> bool:
-    import torch
-
-    return device != "cpu" and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def join(device: str) -> None:
-    """Join the processes that the environment describes: on their GPUs if there is one for each, else on CPUs."""
-    import torch
-
-    if _on_gpus(device) and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl")
-    else:
-        torch.distributed.init_process_group("gloo")
-
-
 def _watch(others: list[subprocess.Popen[str]], ended: threading.Event) -> None:
     """End this process with an error if another one fails: it would wait for that one."""
     while not ended.is_set():
@@ -125,11 +118,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process stops this one
     job = json.loads(sys.stdin.read())
     from monoblock.cli import engine
-    from monoblock.cli.generate import MAX_NEW_TOKENS
 
     source, hub = FrameworkModelOptions(**_enums(job["source"])), DownloadOptions(**job["hub"])
     loaded = engine.load(source, hub, sharded=True)
-    loaded.complete(job["text"], loaded.limits(MAX_NEW_TOKENS) | job["options"], _ignore)
+    loaded.complete(job["text"], loaded.limits(job["limit"]) | job["options"], _ignore)
 
 
 def _ignore(text: str) -> None:

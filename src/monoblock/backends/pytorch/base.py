@@ -16,7 +16,7 @@ from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix
 from monoblock.checkpoint.keymap import KeyMap, TensorSource
 from monoblock.families import Family, ModelClass
 from monoblock.heads import KINDS, HeadSpec
-from monoblock.partition import shard_op, shard_shape
+from monoblock.partition import shard_op, shard_shapes
 from monoblock.quantization import QuantizationConfig
 from monoblock.spec import ArchSpec
 
@@ -67,11 +67,7 @@ class ModelBase(Part):
         """Canonical name -> canonical shape of each parameter, tied ones once; with `tp_plan`, of its shard."""
         if (group := self.tensor_group) is None:
             return tree.parameters(self.spec, self.head_spec)
-        whole, head = self.config.to_spec(), self.head_spec
-        return {
-            name: shard_shape(whole, head, name, group.rank, group.size)
-            for name in tree.parameters(whole, head)
-        }
+        return shard_shapes(self.config.to_spec(), self.head_spec, group.rank, group.size)
 
     def sources(self) -> dict[str, TensorSource]:
         """Canonical name -> the parameters of this model that store it, and the operation. Includes quantised ones."""

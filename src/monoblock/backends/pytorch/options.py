@@ -41,9 +41,7 @@ class LoadOptions(options.CommonLoadOptions):
                     raise ValueError(f"{name} is for sharded models: give tp_plan='auto' as well")
             return None
         if self.device_map is not None:
-            raise ValueError(
-                "tp_plan places the shards on the devices of the processes: leave device_map out"
-            )
+            raise ValueError("tp_plan has a device for each process: leave device_map out")
         if isinstance(self.quantization, BitsAndBytesConfig):
             raise ValueError(
                 "bitsandbytes does not quantise shards: with tp_plan give quantization_config='int8' or 'int4'"

@@ -387,7 +387,9 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         if group is not None:
             shards.check_loading(self, store, options.quantization)
             plain = quantized.plain(store)
-            read_shard = functools.partial(shards.read_shard, spec, self.head_spec, plain, group)
+            read_shard = functools.partial(
+                shards.read_shard, spec, self.head_spec, plain, group, self.shapes()
+            )
         where_to = options.device_map if group is None else group.device
         placed = devices.Placement(self, where_to, options.max_memory, options.offload_folder)
         kept = checkpoint.load(self, store, dtype, placed.device, options.quantization, strict=options.strict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from monoblock.checkpoint.keymap import TensorSource
 from monoblock.checkpoint.save import LazyTensor
 from monoblock.checkpoint.weights import Tensors
 from monoblock.heads import HeadSpec
-from monoblock.partition import Sharding, shard_op, shard_shape, shardings
+from monoblock.partition import Sharding, shard_op, shardings
 from monoblock.quantization import LOSSLESS, WeightOnlyConfig
 from monoblock.spec import ArchSpec
 
@@ -61,14 +61,15 @@ def read_shard(
     head: HeadSpec | None,
     store: Tensors,
     group: TensorGroup,
+    shapes: Mapping[str, tuple[int, ...]],
     canonical: str,
     source: TensorSource,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """The process's shard of a canonical parameter of the whole model `spec`, in new memory."""
-    rank, count = group.rank, group.size
-    target = torch.empty(shard_shape(spec, head, canonical, rank, count), dtype=dtype, device=device)
+    """The process's shard of a canonical parameter of the whole model `spec`, in new memory. `shapes`: the shards'."""
+    rank, count, shape = group.rank, group.size, shapes[canonical]
+    target = torch.empty(shape, dtype=dtype, device=device)
     shards = shardings(spec, head, canonical, source.op)
     for view, name, shard in zip(shard_op(source.op, count).views(target), source.names, shards, strict=True):
         tensor = store.tensor(name)
