@@ -9,6 +9,7 @@ case, and exits after at most SECONDS.
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 import monoblock
 from monoblock.partition import tensor_plan
@@ -67,7 +69,10 @@ def checked(folder: Path) -> dict[str, Any]:
     """The differences of one case."""
     case = torch.load(folder / "case.pt")
     cls = getattr(monoblock, case["class"])
-    model = cls.from_pretrained(folder, tp_plan="auto", **case["options"])
+    options = dict(case["options"])
+    if (axes := options.pop("axes", None)) is not None:
+        options["device_mesh"] = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    model = cls.from_pretrained(folder, tp_plan="auto", **options)
     group = model.tensor_group
     found: dict[str, Any] = {"path": model.decoding_path(), "bytes": model.get_memory_footprint()}
     expected = case["expected"]
@@ -95,6 +100,9 @@ def checked(folder: Path) -> dict[str, Any]:
     if "tokens" in expected:
         found["tokens"] = generated(model, case["inputs"]) == expected["tokens"]
     if case.get("save"):
+        twin = copy.deepcopy(model)
+        same = {name: x.detach() for name, x in outputs(twin, case["inputs"]).items()}
+        found["copy"] = max(difference(value, outs[name].detach()) for name, value in same.items())
         model.save_pretrained(folder / "saved", max_shard_size=20_000)
     return found
 

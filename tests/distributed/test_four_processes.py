@@ -16,6 +16,8 @@ from monoblock.families import family_of
 
 TOLERANCE = 1e-5  # as in tests/torch/test_tensor_parallel.py
 NAMES = [name for name, kind in KIND.items() if kind is not None]
+# Two replicas of two processes each: by the number, and by a mesh of the caller's.
+PAIRS: dict[str, dict[str, Any]] = {"pairs": {"tp_size": 2}, "mesh": {"axes": {"replicas": 2, "tensor": 2}}}
 WIDE = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -41,9 +43,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             inputs |= labels_of(name, ids, mask)
         write_case(folder / name, model, inputs)
         if name == "MistralForCausalLM":
-            write_case(folder / "pairs", model, inputs)
-            case = torch.load(folder / "pairs" / "case.pt")
-            torch.save({**case, "options": {"tp_size": 2}}, folder / "pairs" / "case.pt")
+            for what, options in PAIRS.items():
+                write_case(folder / what, model, inputs)
+                case = torch.load(folder / what / "case.pt")
+                torch.save({**case, "options": options}, folder / what / "case.pt")
     wide = randomised(monoblock.MistralForCausalLM(monoblock.MistralConfig(**WIDE)).eval())
     for bits, how in (("int8", 8), ("int4", 4)):
         config = {"bits": how, "group_size": 64}
@@ -52,15 +55,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return in_processes(folder, 4, 400)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "pairs", "int8", "int4"])
+@pytest.mark.parametrize("name", [*NAMES, *PAIRS, "int8", "int4"])
 def test_four_processes_compute_what_one_does(found: list[dict[str, Any]], name: str) -> None:
     for result in found:
         case = dict(result[name])
         assert "error" not in case, case
         assert case.pop("tokens", True)
         assert (
-            f"tp_plan: {2 if name == 'pairs' else 4} processes" in case["path"]
-            or "predicts no" in case["path"]
+            f"tp_plan: {2 if name in PAIRS else 4} processes" in case["path"] or "predicts no" in case["path"]
         )
         for what in ("path", "bytes", "missing gradients"):
             case.pop(what, None)
