@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import monoblock
 from monoblock.partition import tensor_plan
@@ -70,10 +71,16 @@ def checked(folder: Path) -> dict[str, Any]:
     case = torch.load(folder / "case.pt")
     cls = getattr(monoblock, case["class"])
     options = dict(case["options"])
+    fsdp = options.pop("fsdp", False)
     if (axes := options.pop("axes", None)) is not None:
         options["device_mesh"] = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
     model = cls.from_pretrained(folder, tp_plan="auto", **options)
     group = model.tensor_group
+    if fsdp:
+        mesh = group.mesh["data"]
+        for block in model.get_submodule(model.module_path("layers")):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     found: dict[str, Any] = {"path": model.decoding_path(), "bytes": model.get_memory_footprint()}
     expected = case["expected"]
     outs = outputs(model, case["inputs"])
@@ -91,13 +98,23 @@ def checked(folder: Path) -> dict[str, Any]:
                 whole = torch.cat(
                     [whole.narrow(shard.dim, s.start, s.stop - s.start) for s in parts], shard.dim
                 )
-            assert own[name].grad is not None, name
-            worst = max(worst, difference(own[name].grad, whole))
+            gradient: Any = own[name].grad
+            assert gradient is not None, name
+            worst = max(worst, difference(gradient.full_tensor() if fsdp else gradient, whole))
         found["gradients"] = worst
+        norm = torch.stack([x.norm() for x in expected["gradients"].values()]).norm()
+        found["norm"] = difference(model.clip_grad_norm_(float(norm) / 4), norm)
+        found["clipped norm"] = difference(model.clip_grad_norm_(1e9) * 4, norm)
+        if case.get("step"):
+            with torch.no_grad():
+                for parameter in own.values():
+                    if parameter.grad is not None:
+                        parameter -= parameter.grad
+            model.save_pretrained(folder / "saved")
         found["missing gradients"] = sorted(
             {n for n, p in own.items() if p.grad is not None} - expected["gradients"].keys()
         )
-    if "tokens" in expected:
+    if "tokens" in expected and not fsdp:
         found["tokens"] = generated(model, case["inputs"]) == expected["tokens"]
     if case.get("save"):
         twin = copy.deepcopy(model)

@@ -17,7 +17,8 @@ from monoblock.families import family_of
 TOLERANCE = 1e-5  # as in tests/torch/test_tensor_parallel.py
 NAMES = [name for name, kind in KIND.items() if kind is not None]
 # Two replicas of two processes each: by the number, and by a mesh of the caller's.
-PAIRS: dict[str, dict[str, Any]] = {"pairs": {"tp_size": 2}, "mesh": {"axes": {"replicas": 2, "tensor": 2}}}
+PAIRS: dict[str, dict[str, Any]] = {"pairs": {"tp_size": 2}, "mesh": {"axes": {"data": 2, "tensor": 2}}}
+FSDP = [f"{name} fsdp" for name in NAMES if KIND[name] in ("causal", "masked")]
 WIDE = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -30,7 +31,7 @@ WIDE = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("four")
     for name in NAMES:
         model_type = MODEL_TYPES[name]
@@ -42,6 +43,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         if KIND[name] != "pooler":
             inputs |= labels_of(name, ids, mask)
         write_case(folder / name, model, inputs)
+        if KIND[name] in ("causal", "masked"):
+            write_case(folder / f"{name} fsdp", model, inputs)
+            case = torch.load(folder / f"{name} fsdp" / "case.pt")
+            options = {"tp_size": 2, "fsdp": True}
+            torch.save({**case, "options": options, "step": True}, folder / f"{name} fsdp" / "case.pt")
         if name == "MistralForCausalLM":
             for what, options in PAIRS.items():
                 write_case(folder / what, model, inputs)
@@ -52,19 +58,32 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         config = {"bits": how, "group_size": 64}
         inputs = {"input_ids": torch.arange(24).reshape(2, 12) + 5}
         write_case(folder / bits, wide, inputs, gradients=False, quantization_config=config)
-    return in_processes(folder, 4, 400)
+    return {"folder": folder, "ranks": in_processes(folder, 4, 400)}
 
 
-@pytest.mark.parametrize("name", [*NAMES, *PAIRS, "int8", "int4"])
-def test_four_processes_compute_what_one_does(found: list[dict[str, Any]], name: str) -> None:
-    for result in found:
+@pytest.mark.parametrize("name", [*NAMES, *PAIRS, *FSDP, "int8", "int4"])
+def test_four_processes_compute_what_one_does(results: dict[str, Any], name: str) -> None:
+    for result in results["ranks"]:
         case = dict(result[name])
         assert "error" not in case, case
         assert case.pop("tokens", True)
         assert (
-            f"tp_plan: {2 if name in PAIRS else 4} processes" in case["path"] or "predicts no" in case["path"]
+            f"tp_plan: {2 if name in (*PAIRS, *FSDP) else 4} processes" in case["path"]
+            or "predicts no" in case["path"]
         )
         for what in ("path", "bytes", "missing gradients"):
             case.pop(what, None)
         for what, value in case.items():
             assert value <= TOLERANCE, what
+
+
+@pytest.mark.parametrize("name", FSDP)
+def test_a_step_under_fsdp_and_tensor_parallelism_is_saved_whole(results: dict[str, Any], name: str) -> None:
+    """The weights after a step along the clipped gradients, a quarter of the whole ones."""
+    folder, cls = results["folder"] / name, getattr(monoblock, name.split()[0])
+    before = dict(cls.from_pretrained(folder).named_parameters())
+    after = dict(cls.from_pretrained(folder / "saved").named_parameters())
+    gradients = torch.load(folder / "case.pt")["expected"]["gradients"]
+    for key, value in before.items():
+        expected = value - gradients[key] / 4 if key in gradients else value
+        torch.testing.assert_close(after[key], expected, atol=TOLERANCE, rtol=TOLERANCE)

@@ -47,7 +47,7 @@ from monoblock.backends.pytorch.model import (
 from monoblock.backends.pytorch.options import LoadOptions
 from monoblock.backends.pytorch.packed_forward import unpadded_states
 from monoblock.backends.pytorch.parallel import files as shards
-from monoblock.backends.pytorch.parallel import groups
+from monoblock.backends.pytorch.parallel import gradients, groups
 from monoblock.backends.pytorch.parallel.modules import connect, shrink_tables
 from monoblock.backends.pytorch.parameters import Parameters
 from monoblock.backends.pytorch.parts import Part
@@ -505,11 +505,10 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         if (group := self.tensor_group) is not None:
             if state_dict is not None or self.quantization_config is not None or push_to_hub:
                 self.refuse_sharded("save_pretrained with state_dict=, push_to_hub= or quantised weights")
-            if group.writes:
-                with shards.whole_tensors(self, group) as whole:
-                    if whole is not None:
-                        self._write(folder, whole, max_shard_size, variant)
-            torch.distributed.barrier(group.group)
+            with shards.whole_tensors(self, group) as whole:
+                if whole is not None:
+                    self._write(folder, whole, max_shard_size, variant)
+            group.agreed(0, everywhere=True)  # no process returns before the files are written
             return
         tensors = self.hub_state_dict() if state_dict is None else self.file_names(state_dict)
         self._write(folder, tensors, max_shard_size, variant)
@@ -532,6 +531,13 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         )
 
     # ------------------------------------------------------------------ switches and facts
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients so that their norm is at most `max_norm`; returns their norm before. With `tp_plan` it is
+        that of all shards, counted once, also under FSDP2, which `torch.nn.utils.clip_grad_norm_` does not know."""
+        if self.tensor_group is None:
+            return nn.utils.clip_grad_norm_(self.parameters(), max_norm)
+        return gradients.clip(self, self.tensor_group, max_norm)
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
         """Choose the attention kernel: "sdpa" (the default), "eager", "flex_attention", "flash_attention_2"."""

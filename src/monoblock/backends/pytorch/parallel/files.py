@@ -23,7 +23,7 @@ from monoblock.partition import Sharding, shard_op, shardings
 from monoblock.quantization import LOSSLESS, WeightOnlyConfig
 from monoblock.spec import ArchSpec
 
-_END = -1  # instead of the number of a tensor: the first process needs no more
+_END = -1  # in place of the number of a tensor: the first process needs no more
 _STORED = {getattr(torch, name): stored for stored, name in DTYPE_NAMES.items() if hasattr(torch, name)}
 
 
@@ -47,7 +47,7 @@ def check_loading(model: ModelBase, store: Tensors, how: Any) -> None:
 
 def agree(model: ModelBase, made: Iterable[str], group: TensorGroup) -> None:
     """Give all processes the same values of newly initialised parameters. ValueError: one of them is sharded."""
-    shards = dict(_named_shards(model))
+    shards = dict(named_shards(model))
     for name in made:
         if shards[name].dim is not None:
             raise ValueError(
@@ -95,12 +95,15 @@ def _part(tensor: Tensor, dim: int, part: slice) -> Tensor:
 
 @contextlib.contextmanager
 def whole_tensors(model: Any, group: TensorGroup) -> Iterator[dict[str, Any] | None]:
-    """The tensors of a sharded model as files hold them, for the group's first process, each gathered when it is read
-    in the context; None in the other processes, which send what the first one asks for until it leaves the context."""
-    shards = list(_named_shards(model))
-    if group.rank:
-        while (number := group.agreed(_END)) != _END:
-            _send(model.get_parameter(shards[number][0]), group)
+    """The tensors of a sharded model as files hold them, for the first process of the mesh, each gathered when it is
+    read in the context; None in the other processes, which take part in gathering what the first one asks for until it
+    leaves the context. Parameters that FSDP2 shards over the axis "data" are gathered over that axis first."""
+    shards = list(named_shards(model))
+    if not group.first:
+        while (number := group.agreed(_END, everywhere=True)) != _END:
+            own = _unsharded(model.get_parameter(shards[number][0]))
+            if group.writes and shards[number][1].dim is not None:
+                dist.send(own, group=group.group, group_dst=0)
         yield None
         return
     found: dict[str, Any] = {}
@@ -114,10 +117,15 @@ def whole_tensors(model: Any, group: TensorGroup) -> Iterator[dict[str, Any] | N
     try:
         yield found
     finally:
-        group.agreed(_END)
+        group.agreed(_END, everywhere=True)
 
 
-def _named_shards(model: Any) -> Iterator[tuple[str, Sharding]]:
+def _unsharded(own: Any) -> Tensor:
+    """A process's shard of the tensor axis, gathered over the processes that FSDP2 divides it over."""
+    return (own.full_tensor() if hasattr(own, "full_tensor") else own).detach().contiguous()
+
+
+def named_shards(model: Any) -> Iterator[tuple[str, Sharding]]:
     """Name and sharding of each parameter."""
     spec, head, keymap = model.config.to_spec(), model.head_spec, model.keymap()
     for canonical in model.shapes():
@@ -125,21 +133,18 @@ def _named_shards(model: Any) -> Iterator[tuple[str, Sharding]]:
         yield from zip(source.names, shardings(spec, head, canonical, source.op), strict=True)
 
 
-def _send(own: Tensor, group: TensorGroup) -> None:
-    dist.send(own.detach().contiguous(), group=group.group, group_dst=0)
-
-
 def _receive(own: Tensor, shape: tuple[int, ...], shard: Sharding, group: TensorGroup, number: int) -> Tensor:
     """The whole of the tensor `number`, in the first process."""
+    group.agreed(number, everywhere=True)
+    mine = _unsharded(own)
     if shard.dim is None:
-        return own.detach().contiguous()
-    group.agreed(number)
-    whole = torch.empty(shape, dtype=own.dtype, device=own.device)
+        return mine
+    whole = torch.empty(shape, dtype=mine.dtype, device=mine.device)
     for rank in range(group.size):
-        given, held = own.detach(), list(own.shape)
+        given, held = mine, list(mine.shape)
         if rank:
             held[shard.dim] = shard.size(rank, group.size)
-            given = torch.empty(held, dtype=own.dtype, device=own.device)
+            given = torch.empty(held, dtype=mine.dtype, device=mine.device)
             dist.recv(given, group=group.group, group_src=rank)
         start = 0
         for one in shard.slices(rank, group.size):

@@ -65,11 +65,23 @@ class TensorGroup:
         dist.all_reduce(x, group=self.group)
         return x
 
-    def agreed(self, value: int) -> int:
-        """The value of the first process."""
+    @property
+    def first(self) -> bool:
+        """Whether this is the first process of the mesh."""
+        return self.writes and self.rank == 0
+
+    def agreed(self, value: int, *, everywhere: bool = False) -> int:
+        """The value of the first process of the group, or (`everywhere`) of the mesh."""
         held = torch.tensor([value], dtype=torch.int64, device=self.device)
+        if everywhere and self.rank == 0 and (data := self.data_group) is not None:
+            dist.broadcast(held, group=data, group_src=0)
         dist.broadcast(held, group=self.group, group_src=0)
         return int(held)
+
+    @property
+    def data_group(self) -> Any:
+        """The processes with the same shards along the axis "data"; None: the mesh has no such axis."""
+        return self.mesh.get_group(DATA) if DATA in (self.mesh.mesh_dim_names or ()) else None
 
 
 # The group of the models that are being constructed.
@@ -133,9 +145,9 @@ def _checked(mesh: Any, tp_size: Any) -> DeviceMesh:
     from torch.distributed.device_mesh import DeviceMesh
 
     names = getattr(mesh, "mesh_dim_names", None)
-    if not isinstance(mesh, DeviceMesh) or TENSOR not in (names or ()):
+    if not isinstance(mesh, DeviceMesh) or names not in ((TENSOR,), (DATA, TENSOR)):
         raise ValueError(
-            f"device_mesh must be a torch DeviceMesh with an axis named {TENSOR!r}, got one with {names}"
+            f"device_mesh must be a torch DeviceMesh with the axis {TENSOR!r}, or {DATA!r} and {TENSOR!r}; got {names}"
         )
     if tp_size not in (None, mesh[TENSOR].size()):
         raise ValueError(
