@@ -52,3 +52,4 @@ def test_errors_are_one_line() -> None:
     assert found.returncode == 1
     assert "quantization_config with groups of 128: a shard of the" in found.stderr
     assert generate("--tensor-parallel", "0").returncode == 2
+    assert generate("--tensor-parallel", "2", "--framework", "flax").returncode == 2

@@ -207,8 +207,6 @@ def load(
     pytorch = framework.backend == "pytorch"
     if not pytorch and source.quantize is not None:
         raise typer.BadParameter(f"--quantize needs PyTorch, but the framework is {framework.name}")
-    if not pytorch and sharded:
-        raise typer.BadParameter(f"--tensor-parallel needs PyTorch, but the framework is {framework.name}")
     tokenizer = monoblock.AutoTokenizer.from_pretrained(path, **where)
     auto = getattr(monoblock, f"{framework.prefix}AutoModelForCausalLM")
     if pytorch:

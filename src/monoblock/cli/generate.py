@@ -11,7 +11,7 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import DownloadOptions, FrameworkModelOptions, SamplingOptions
+from monoblock.cli.options import DownloadOptions, FrameworkModelOptions, FrameworkName, SamplingOptions
 from monoblock.texts import read_text
 
 app = sub_app()
@@ -59,9 +59,15 @@ def generate(
         if tensor_parallel > 1:
             from monoblock.cli import shards
 
+            if source.framework not in (None, FrameworkName.PYTORCH):
+                raise typer.BadParameter(
+                    f"--tensor-parallel needs PyTorch; drop --framework {source.framework}"
+                )
             engine.need_pytorch("monoblock generate --tensor-parallel")
             stack.enter_context(shards.processes(tensor_parallel, source, hub, text, MAX_NEW_TOKENS, options))
-        loaded = engine.load(source, hub, sharded=tensor_parallel > 1)
+            loaded = engine.load(source, hub, sharded=True)
+        else:
+            loaded = engine.load(source, hub)
         interrupted = _complete(loaded, text, options, stream, echo, quiet)
     if interrupted:
         raise typer.Exit(console.INTERRUPTED)
