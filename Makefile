@@ -78,6 +78,7 @@ test-optimum-%: .venv-optimum-%/.installed
 	@echo "== exported folders in optimum: $*"
 	@MONOBLOCK_TEST_ECOSYSTEM=1 USE_TF=0 USE_FLAX=0 .venv-optimum-$*/bin/python -m pytest \
 		tests/ecosystem/test_export_files.py -k "(optimum or sentence_transformers) and $*"
+
 test-distributed: $(VENV)/.installed-test ## four processes, and the commands that start processes (not in `test`)
 	@echo "== several processes"
 	@MONOBLOCK_TEST_DISTRIBUTED=1 $(VENV)/bin/python -m pytest tests/distributed

@@ -183,11 +183,11 @@ def load(
     what: str = "monoblock generate",
     *,
     chat: bool = False,
+    sharded: bool = False,
 ) -> ChatEngine:
     """Load model and tokenizer. `attention`: `attn_implementation` of from_pretrained. `what`: the command, for
-    errors. `chat`: the embedded demo has its chat adapter."""
-    sharded: bool = False,
-    errors. `sharded`: this process's shard of the model, in the processes of `shards.processes`."""
+    errors. `chat`: the embedded demo has its chat adapter. `sharded`: this process's shard of the model, in the
+    processes of `shards.processes`."""
     from monoblock.pipelines.frameworks import chosen
     from monoblock.serving.engine.loading import processor_of
 

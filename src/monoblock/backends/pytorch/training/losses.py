@@ -98,9 +98,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 for sum_, gradient in zip(sums, gradients, strict=True):
                     if gradient is not None:
                         _add(gradient, sum_)
-                        sum_ += gradient
-                del gradients
-            del logits_nv, loss, wanted  # before the next chunk's
+                del gradients, edge  # before the next chunk's
         ctx.own, ctx.sums, ctx.dtypes = own, sums, [p.dtype for p in parameters]
         return total
 
