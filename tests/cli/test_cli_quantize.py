@@ -88,9 +88,8 @@ def test_errors_are_one_line(quantised: Path, tmp_path: Path) -> None:
         ((str(quantised), str(tmp_path / "b")), "holds quantised weights already"),
         ((str(demo.path()), str(tmp_path / "b"), "--keep", "nothing"), "no module of this model"),
         ((str(quantised), str(quantised), "--force"), "choose another target"),
-        (("convert", str(quantised), str(tmp_path / "b")), "holds quantised weights"),
     ):
-        result = run(*(args if args[0] == "convert" else ("quantize", *args)))
+        result = run("quantize", *args)
         assert result.returncode == 1 and message in result.stderr and result.stdout == "", result.stderr
         errors = [line for line in result.stderr.splitlines() if not line.endswith("...")]
         assert len(errors) == 1 and errors[0].startswith("monoblock: ")

@@ -454,6 +454,7 @@ def test_vectors_of_int8_are_directions(tmp_path: Path) -> None:
         open_index(path)
 
 
+@needs_pyarrow
 def test_a_parquet_index_of_another_program(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
