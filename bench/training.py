@@ -5,6 +5,7 @@ the share of the matrix rate of the machine.
     python bench/training.py --vocab 256000           the same with another vocabulary
     python bench/training.py --adapter lora           LoRA of rank 8 on a Mistral of 1.1 billion parameters in bfloat16
     python bench/training.py --adapter qlora          ... on int4 weights, beside peft on bfloat16 ones
+    python bench/training.py --adapter lora --checkpointing       ... with gradient checkpointing
 
 transformers trains float32 weights with AdamW, in bfloat16 by autocast; monoblock is what `monoblock finetune` runs.
 Peak memory is that of the process, with its imports. `--adapter` needs peft for the comparison. Every library runs
@@ -51,12 +52,12 @@ RANK = 8
 Step = Callable[[], float]
 
 
-def ours(form: str, vocab: int, adapter: str | None, folder: str | None) -> Step:
+def ours(form: str, vocab: int, adapter: str | None, folder: str | None, checkpointing: bool) -> Step:
     """A step as `monoblock finetune` runs it."""
     import torch
 
     import monoblock
-    from monoblock.backends.pytorch.training import lora, losses
+    from monoblock.backends.pytorch.training import lora, losses, memory
     from monoblock.backends.pytorch.training.optimizer import Optimizer
     from monoblock.training.options import TrainingOptions
 
@@ -71,6 +72,10 @@ def ours(form: str, vocab: int, adapter: str | None, folder: str | None) -> Step
     else:
         options = TrainingOptions(data="", output="")
         model = monoblock.GPTNeoForCausalLM(monoblock.GPTNeoConfig(vocab_size=vocab, **NEO)).to(dtype)
+    if checkpointing:
+        if adapter == "qlora":  # as `monoblock finetune --quantize` does
+            memory.return_large_blocks()
+        model.gradient_checkpointing_enable()
     model.train()
     optimizer = Optimizer(dict(model.named_parameters()), options)
     ids = torch.randint(0, vocab, (BATCH, LENGTH))
@@ -87,7 +92,7 @@ def ours(form: str, vocab: int, adapter: str | None, folder: str | None) -> Step
     return step
 
 
-def theirs(form: str, vocab: int, adapter: str | None, folder: str | None) -> Step:
+def theirs(form: str, vocab: int, adapter: str | None, folder: str | None, checkpointing: bool) -> Step:
     """A step of transformers, or of peft on it."""
     import torch
     import transformers
@@ -100,6 +105,10 @@ def theirs(form: str, vocab: int, adapter: str | None, folder: str | None) -> St
         model: Any = get_peft_model(base, LoraConfig(r=RANK, target_modules=TARGETS))
     else:
         model = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(vocab_size=vocab, **NEO))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        if adapter:
+            model.enable_input_require_grads()
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
@@ -145,7 +154,7 @@ def worker(given: argparse.Namespace) -> None:
     torch.manual_seed(0)
     rate = matrix_rate(given.form)
     step = (ours if given.worker == "monoblock" else theirs)(
-        given.form, given.vocab, given.adapter, given.folder
+        given.form, given.vocab, given.adapter, given.folder, given.checkpointing
     )
     step()
     print(json.dumps({"rate": rate}), file=answers, flush=True)
@@ -161,6 +170,7 @@ class TrainingProcess:
 
     def __init__(self, name: str, form: str, given: argparse.Namespace, folder: str | None) -> None:
         command = [sys.executable, __file__, "--worker", name, "--form", form, "--vocab", str(given.vocab)]
+        command += ["--checkpointing"] if given.checkpointing else []
         command += ["--adapter", given.adapter, "--folder", str(folder)] if given.adapter else []
         self.name = name
         self.process = subprocess.Popen(
@@ -219,6 +229,7 @@ def main() -> None:
     parser.add_argument("--form", default="float32,bfloat16", help="of the weights")
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--adapter", choices=("lora", "qlora"))
+    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--folder", default="build/training-mistral", help="for the weights under an adapter")
     parser.add_argument("--only", default="monoblock,transformers")
     parser.add_argument("--runs", type=int, default=4)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import monoblock
 from monoblock.backends.pytorch.pipeline_adapter import found_device
-from monoblock.backends.pytorch.training import batches, lora, losses
+from monoblock.backends.pytorch.training import batches, lora, losses, memory
 from monoblock.backends.pytorch.training.optimizer import Optimizer, random_state, restore_random_state
 from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.save import save_tensors
@@ -99,6 +99,8 @@ class Learner:
         if not any(p.requires_grad for p in parameters.values()):
             raise ValueError("freeze leaves no parameter to train")
         if options.gradient_checkpointing:
+            if options.quantize is not None:  # memory decides
+                memory.return_large_blocks()
             model.gradient_checkpointing_enable()
         model.train()
         self.optimizer = Optimizer(parameters, options)
