@@ -19,7 +19,7 @@ class Framework:
     needs: tuple[str, ...]
     extra: str
     backend: str
-    learning: str = ""  # the backend's module with the learners; "": it has none
+    learning: str  # the backend's module with the learners
 
     @property
     def install(self) -> str:
@@ -64,7 +64,14 @@ FRAMEWORKS: dict[str, Framework] = {
     "flax": Framework(
         name="JAX", prefix="Flax", needs=("jax", "flax"), extra="jax", backend="flax", learning="learner"
     ),
-    "tf": Framework(name="TensorFlow", prefix="TF", needs=("tensorflow", "keras"), extra="tf", backend="tf"),
+    "tf": Framework(
+        name="TensorFlow",
+        prefix="TF",
+        needs=("tensorflow", "keras"),
+        extra="tf",
+        backend="tf",
+        learning="learner",
+    ),
 }
 
 

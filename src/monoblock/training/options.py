@@ -19,7 +19,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 PROBLEMS = ("single-label", "multi-label", "regression")
 QUANTIZED = ("int8", "int4")
-FRAMEWORKS = ("pt", "flax")
+FRAMEWORKS = ("pt", "flax", "tf")
 FALLING = ("loss", "perplexity", "mse")  # metrics that are better if lower
 
 # The metrics of each task beside the loss; some depend on the data.
@@ -136,7 +136,9 @@ class TrainingOptions:
     )
     epsilon: float = _option(1e-8, "AdamW's addend to the denominator.", above=0)
     framework: str = _option(
-        "pt", "pt (PyTorch), or flax (JAX) for the tasks lm and classification.", choices=FRAMEWORKS
+        "pt",
+        "pt (PyTorch), or flax (JAX) or tf (TensorFlow) for the tasks lm and classification.",
+        choices=FRAMEWORKS,
     )
     max_grad_norm: float = _option(1.0, "Norm to which gradients are clipped; 0: no clipping.", least=0)
     seed: int = _option(0, "The same seed gives the same run.")
@@ -232,10 +234,10 @@ class TrainingOptions:
             )
         if self.task == "embedding":
             self._refuse("lora_rank", "has no effect with task=embedding, which trains all weights")
-        if self.framework == "flax":
-            if self.task not in ON_JAX:
+        if self.framework != "pt":
+            if self.task not in OF_ALL:
                 raise ValueError(
-                    f"framework=flax trains the tasks {' and '.join(ON_JAX)}, not {self.task}: use pt"
+                    f"framework={self.framework} trains the tasks {' and '.join(OF_ALL)}, not {self.task}: use pt"
                 )
             for name in PYTORCH_ONLY:
                 self._refuse(name, "needs framework=pt")
@@ -302,8 +304,8 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
     "dpo_beta": ("preference",),
 }
 
-# Tasks of framework=flax, and options that it does not have.
-ON_JAX = ("lm", "classification")
+# The tasks of all frameworks, and the options of PyTorch only.
+OF_ALL = ("lm", "classification")
 PYTORCH_ONLY = ("packing", "dtype", "freeze", "lora_rank")
 
 # The options of an evaluation.

@@ -157,7 +157,8 @@ class Parameters:
         elif len(variable.shape) == 1:
             values = np.ones(variable.shape)
         else:
-            values = np.random.default_rng().normal(0.0, self.spec.init_std, variable.shape)
+            # From NumPy's generator, so that `set_seed` and `keras.utils.set_random_seed` take effect.
+            values = np.random.normal(0.0, self.spec.init_std, variable.shape)
         variable.assign(values.astype(DTYPES[variable.dtype]))
 
     def get_input_embeddings(self) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from monoblock.errors import CheckpointError
+from monoblock.training.decay import decays
 from monoblock.training.options import TrainingOptions
 
 SLICE = 1 << 19  # parameters that are updated at a time where they have copies: 10 MB with all states
@@ -21,12 +22,6 @@ class Moments(NamedTuple):
     step: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices and tables, not to norms, vectors and biases (tables of position
-    biases included)."""
-    return parameter.ndim >= 2 and "bias" not in name
 
 
 def joined(high: Tensor, low: Tensor) -> Tensor:
@@ -76,7 +71,7 @@ class Optimizer:
                 names = [
                     name
                     for name, p in self.parameters.items()
-                    if p.grad is not None and decays(name, p) is wanted
+                    if p.grad is not None and decays(name, p.ndim) is wanted
                 ]
                 if names:
                     self._update(names, learning_rate, self.options.weight_decay if wanted else 0.0)
