@@ -67,10 +67,13 @@ class LearnerContract:
     @pytest.mark.parametrize("task", ["lm", "classification"])
     def test_the_losses_are_those_of_pytorch_and_fall(self, task: str, tmp_path: Path) -> None:
         """Without dropout, with an epsilon that shows in every step; the weights saved are those of the best
-        evaluation."""
+        evaluation. The first sample is PyTorch's."""
         model, data = made(task, tmp_path)
         with_dropout(model, 0.0)
         more = {"accumulation": 2, "learning_rate": 3e-3, "weight_decay": 0.3, "epsilon": 1e-3}
+        more |= {"max_grad_norm": 0.5}
+        if task == "lm":
+            more |= {"sample_prompt": ("the",), "sample_tokens": 3}
         output = tmp_path / self.framework
         own = run(task, model, data, output, framework=self.framework, keep_best=True, **more)
         other = run(task, model, data, tmp_path / "pt", **more)
@@ -78,30 +81,33 @@ class LearnerContract:
         assert difference[0] < FIRST and difference.max() < LATER, difference
         assert losses(own)[-1] < losses(own)[0]
         norms = [[line["grad_norm"] for line in lines if "loss" in line] for lines in (own, other)]
-        assert norms[0] == pytest.approx(norms[1], rel=1e-3) and max(norms[1]) > 1  # clipped
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3) and max(norms[1]) > 0.5  # clipped
         evaluations = [[line for line in lines if "eval_loss" in line] for lines in (own, other)]
         assert len(evaluations[0]) == len(evaluations[1]) == 4
         for line, expected in zip(*evaluations, strict=True):
             assert line == pytest.approx(expected, rel=2e-4), line
         assert evaluations[0][0]["eval_loss"] == pytest.approx(evaluations[1][0]["eval_loss"], abs=FIRST)
         assert_same_weights(output, output / "checkpoints" / "best")
+        if task == "lm":
+            samples = [
+                (path / "samples.jsonl").read_text().splitlines() for path in (output, tmp_path / "pt")
+            ]
+            assert samples[0][0] == samples[1][0] and len(samples[0]) == 4
 
     def test_a_resumed_run_has_the_same_weights(self, tmp_path: Path) -> None:
-        """With dropout, from the checkpoint of the third step; samples and metrics after it are written again."""
-        model, data = made("lm", tmp_path)
+        """With dropout, from the checkpoint of the third step; the metrics after it are written again."""
+        model, data = made("classification", tmp_path)
         with_dropout(model, 0.1)
         options = {"framework": self.framework, "device": "auto", "save_every": 3}
-        options |= {"sample_prompt": ("the",), "sample_tokens": 3}
         whole, parts = tmp_path / "whole", tmp_path / "parts"
-        run("lm", model, data, whole, **options)
+        run("classification", model, data, whole, **options)
         shutil.copytree(whole, parts)
         shutil.rmtree(parts / "checkpoints" / "step-6")
         (parts / "model.safetensors").unlink()
-        run("lm", model, data, parts, resume=True, **options)
+        run("classification", model, data, parts, resume=True, **options)
         for name in ("", "checkpoints/step-6", "checkpoints/step-6/training"):
             if list((whole / name).glob("*.safetensors")):
                 assert_same_weights(whole / name, parts / name)
-        assert (whole / "samples.jsonl").read_text() == (parts / "samples.jsonl").read_text()
         assert np.array_equal(losses(metrics(whole)), losses(metrics(parts)))
 
     @pytest.mark.parametrize(

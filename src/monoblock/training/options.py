@@ -406,5 +406,5 @@ def _yaml() -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise ImportError('recipes need the package PyYAML: pip install "monoblock[train]"') from error
+        raise ImportError('recipes need the package PyYAML: pip install "pyyaml>=6,<7"') from error
     return yaml

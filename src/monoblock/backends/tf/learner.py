@@ -89,7 +89,8 @@ class TFLearner(LearnerBase):
 
     def gradients(self, batch: Batch, count: int, number: int) -> tuple[float, Any]:
         if self.model.seeds is not None:
-            entropy = (self.options.seed % 2**64, int(self.optimizer.iterations.numpy()), number)
+            step: Any = self.optimizer.iterations
+            entropy = (self.options.seed % 2**64, int(step.numpy()), number)
             self.model.seeds.state.assign(np.random.SeedSequence(entropy).generate_state(2))
         with tf.device(self.device):
             loss, found = self._program(self._differentiated, batch)(batch, tf.constant(count, tf.float32))
@@ -113,7 +114,9 @@ class TFLearner(LearnerBase):
         """The compiled function of a batch and a count; numbers of rows and tokens are dynamic."""
         if function not in self._programs:
             shapes = {
-                name: tf.TensorSpec((None, *x.shape[1:]) if x.dtype.kind == "f" else (None,) * x.ndim, x.dtype)
+                name: tf.TensorSpec(
+                    (None, *x.shape[1:]) if x.dtype.kind == "f" else (None,) * x.ndim, x.dtype
+                )
                 for name, x in batch.items()
             }
             signature = (shapes, tf.TensorSpec((), tf.float32))
@@ -129,9 +132,7 @@ class TFLearner(LearnerBase):
 
     def _loss(self, batch: dict[str, Tensor], count: Tensor, *, train: bool) -> tuple[Tensor, Tensor]:
         """The sum of a batch's losses, divided by `count`, and the logits."""
-        out = self.model(
-            **batch, num_items_in_batch=count, use_cache=False, return_dict=True, training=train
-        )
+        out = self.model(**batch, num_items_in_batch=count, use_cache=False, return_dict=True, training=train)
         return tf.reduce_mean(out["loss"]), out["logits"]
 
     # ------------------------------------------------------------------ evaluation
