@@ -194,6 +194,7 @@ _EXTRAS = {
     "tensorflow": "tf",
     "keras": "tf",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), "serve"),
+    "ray": "ray",
 }
 
 _MADE = {name: module for table in (_MODELS, _BASES_OF) for module, names in table.items() for name in names}

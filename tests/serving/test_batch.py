@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import server_models
 
-from monoblock.cli import batch
+from monoblock.cli import batch_models
 from monoblock.cli.app import command
 from monoblock.cli.options import DownloadOptions
 from monoblock.serving.batch_files import BatchResults, read_lines
@@ -304,7 +304,7 @@ def test_another_adapter_is_another_model(tmp_path: Path) -> None:
     entry = ModelEntry("tuned", None, ModelKind.GENERATE, adapter=str(folder))
 
     def decisive() -> str:
-        return batch._decisive([entry], batch.BatchModelOptions(), DownloadOptions())
+        return batch_models.decisive([entry], batch_models.BatchModelOptions(), DownloadOptions())
 
     first = decisive()
     assert first == decisive()

@@ -15,14 +15,15 @@ from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.encoder import EncoderOptions, PromptOptions
 from monoblock.cli.options import DownloadOptions
 from monoblock.cli.progress import progress
+from monoblock.cli.ray_options import RayCommand, RayOptions
 
 if TYPE_CHECKING:
-    from monoblock.cli.encoder import Encoder
-    from monoblock.vectors.run import EmbeddingRun
+    from monoblock.vectors.run import EmbeddingRun, EncodeChunks
 
 app = sub_app()
 
 CHUNK = 32  # batches between two entries of the journal
+AHEAD = 2  # chunks that an actor of Ray has, so that it computes while results are written
 
 
 class InputFormat(StrEnum):
@@ -57,7 +58,7 @@ class VectorOptions:
     ] = None
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=RayCommand, epilog=EXIT_CODES)
 @console.command
 def embed(
     *,
@@ -81,6 +82,7 @@ def embed(
         bool, typer.Option("--restart", help="Discard the texts of an unfinished run instead of resuming it.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
+    actors: RayOptions,
     hub: DownloadOptions,
 ) -> None:
     """Embed texts: one per line of a text file, or a column of a JSONL, CSV or Parquet file.
@@ -89,6 +91,7 @@ def embed(
     command continues there, and the output is the same, byte for byte. `monoblock search` searches it.
     """
     prompts.check()
+    actors.check(options.device)
     if source == "-" and sys.stdin.isatty():
         raise typer.BadParameter("an input is needed: monoblock embed texts.txt --model MODEL --output x.npy")
     from monoblock.cli import encoder
@@ -97,6 +100,10 @@ def embed(
 
     texts = TextInput(source, reading.input_format.value if reading.input_format else "", reading.text_column)
     framework = encoder.framework_of(options, "monoblock embed")
+    if actors.ray is not None and framework != "pt":
+        raise typer.BadParameter(
+            f"--ray needs PyTorch, but the framework is {framework}: give --framework pt"
+        )
     decisive: dict[str, Any] = {
         "--model": encoder.identity(model, hub),
         "--framework": framework,
@@ -118,9 +125,8 @@ def embed(
             run.publish()
         else:
             console.note("loading ...")
-            loaded = encoder.load(model, options, hub, framework, **_encode_options(prompts, vectors))
-            loaded.use_threads(run.threads)
-            _execute(run, loaded, options.batch_size * CHUNK, _description(model, decisive, loaded))
+            job = _Job(model, options, hub, framework, _encode_options(prompts, vectors), decisive)
+            _embed(run, job, actors)
         if run.truncated:
             console.note(
                 f"{run.truncated:,} of {run.count:,} texts were longer than the model takes: cut off"
@@ -138,21 +144,72 @@ def _encode_options(prompts: PromptOptions, vectors: VectorOptions) -> dict[str,
     }
 
 
-def _description(model: str, decisive: dict[str, Any], loaded: Encoder) -> dict[str, Any]:
-    """How the vectors were made, for the index: `search` loads the same model from it."""
-    names = ("dtype", "framework", "quantize", "prompt", "prompt-name", "normalize", "truncate-dim")
-    return {
-        "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
-        "fingerprint": decisive["--model"],
-        "similarity": loaded.similarity,
-        **{name.replace("-", "_"): decisive[f"--{name}"] for name in names},
-    }
+@dataclass(frozen=True)
+class _Job:
+    """What loads the model, and what the vectors depend on."""
+
+    model: str
+    options: EncoderOptions
+    hub: DownloadOptions
+    framework: str
+    encode: dict[str, Any]
+    decisive: dict[str, Any]
+
+    def description(self, similarity: str) -> dict[str, Any]:
+        """How the vectors were made, for the index: `search` loads the same model from it."""
+        names = ("dtype", "framework", "quantize", "prompt", "prompt-name", "normalize", "truncate-dim")
+        return {
+            "model": str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model,
+            "fingerprint": self.decisive["--model"],
+            "similarity": similarity,
+            **{name.replace("-", "_"): self.decisive[f"--{name}"] for name in names},
+        }
 
 
-def _execute(run: EmbeddingRun, loaded: Encoder, chunk: int, description: dict[str, Any]) -> None:
+def _embed(run: EmbeddingRun, job: _Job, actors: RayOptions) -> None:
+    """Encode what is left, in this process or by actors of Ray."""
+    if actors.ray is not None:
+        _embed_by_actors(run, job, actors.ray, actors.replicas)
+        return
+    from monoblock.cli import encoder
+
+    loaded = encoder.load(job.model, job.options, job.hub, job.framework, **job.encode)
+    loaded.use_threads(run.threads)
+    _execute(
+        run,
+        lambda chunks: ((texts, loaded.encode(texts)) for texts in chunks),
+        job,
+        loaded.similarity,
+        loaded.threads,
+    )
+
+
+def _embed_by_actors(run: EmbeddingRun, job: _Job, address: str, replicas: int | None) -> None:
+    import asyncio
+
+    from monoblock.cli.ray_actors import EncoderActor
+    from monoblock.cluster.actors import ActorPool, connected
+
+    with connected(address, replicas) as cluster, asyncio.Runner() as runner:
+        plan = cluster.plan(replicas, job.options.device, run.threads)
+        fixed = (job.model, job.options, job.hub, job.framework, job.encode, job.decisive["--model"])
+        make = cluster.starter(EncoderActor, plan, *fixed)
+        pool = ActorPool(cluster.ray, make, plan.replicas, AHEAD)
+        console.note(plan.summary())
+        try:
+            similarity, threads = runner.run(pool.start())
+            _execute(run, lambda chunks: pool.ordered(runner, "encode", chunks), job, similarity, threads)
+        finally:
+            runner.run(pool.close())
+
+
+def _execute(
+    run: EmbeddingRun, encode: EncodeChunks, job: _Job, similarity: str, threads: int | None
+) -> None:
+    chunk = job.options.batch_size * CHUNK
     try:
         with progress(run.total, run.resumed, "texts") as show:
-            run.execute(loaded.encode, chunk, description, show, loaded.threads)
+            run.execute_chunks(encode, chunk, job.description(similarity), show, threads)
     except KeyboardInterrupt:
         console.note(f"interrupted: {run.count:,} texts are kept; the same command continues after them")
         raise

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,14 @@ AHEAD = 2  # requests in progress for each sequence of the batch, so that it sta
 
 
 @dataclass(frozen=True)
+class Answering:
+    """`answer`: a request -> its result, a line of the output; it is called for `most` requests at a time."""
+
+    answer: Callable[[BatchLine], Awaitable[dict[str, Any]]]
+    most: int
+
+
+@dataclass(frozen=True)
 class BatchCounts:
     """Requests of a batch: all, those that were answered before this run, and those that failed."""
 
@@ -35,16 +43,14 @@ class BatchCounts:
 async def run_batch(
     source: Path,
     results: BatchResults,
-    entries: list[ModelEntry],
-    settings: ServerSettings,
     options: str,
     progress: Callable[[int, int], None],
-    loading: Callable[[], None] = lambda: None,
+    answering: Callable[[], AbstractAsyncContextManager[Answering]],
 ) -> BatchCounts:
     """Answer the requests of `source` that have no result yet.
 
     `options`: everything that a result depends on beside its request; `progress` gets the number of requests with a
-    result and the number of all; `loading` is called before models are loaded, if there is anything to do.
+    result and the number of all; `answering` loads the models, and is called if there is anything to do.
 
     ValueError: a line is no request, or a result is of another request or other options. Errors of requests are
     results.
@@ -52,11 +58,22 @@ async def run_batch(
     total = _checked(source, results, options)
     resumed = len(results.done)
     if resumed < total:
-        loading()
-        app = ServerApp(entries, settings)
-        async with _loaded(app):
-            await _answer(app, source, results, options, lambda done: progress(done, total))
+        async with answering() as found:
+            await _answer(found, source, results, options, lambda done: progress(done, total))
     return BatchCounts(total, resumed, results.failed)
+
+
+@asynccontextmanager
+async def answers(entries: list[ModelEntry], settings: ServerSettings) -> AsyncGenerator[Answering]:
+    """Load the models in this process; they answer requests by the server's handlers."""
+    app = ServerApp(entries, settings)
+    async with _loaded(app):
+        yield Answering(lambda line: _result(app, line), most_requests(settings))
+
+
+def most_requests(settings: ServerSettings) -> int:
+    """The number of requests that an engine gets at a time."""
+    return AHEAD * settings.engine.max_sequences
 
 
 def _checked(source: Path, results: BatchResults, options: str) -> int:
@@ -98,21 +115,24 @@ async def _loaded(app: ServerApp) -> AsyncGenerator[None]:
 
 
 async def _answer(
-    app: ServerApp, source: Path, results: BatchResults, options: str, progress: Callable[[int], None]
+    answering: Answering,
+    source: Path,
+    results: BatchResults,
+    options: str,
+    progress: Callable[[int], None],
 ) -> None:
     """Answer what is left. Results are written in the order in which they are finished."""
-    most = AHEAD * app.state.settings.engine.max_sequences
-    running: set[asyncio.Task[dict[str, Any]]] = set()
+    running: set[asyncio.Future[dict[str, Any]]] = set()
     lines = (line for line in read_lines(source, options) if line.custom_id not in results.done)
     progress(len(results.done))
     try:
         more = True
         while more or running:
-            while more and len(running) < most:
+            while more and len(running) < answering.most:
                 if (line := next(lines, None)) is None:
                     more = False
                 else:
-                    running.add(asyncio.create_task(_result(app, line)))
+                    running.add(asyncio.ensure_future(answering.answer(line)))
             if running:
                 finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 # The engine computes on while the disk writes.

@@ -17,6 +17,8 @@ MODEL = "--model"  # the option whose value is a fingerprint
 
 # Texts -> their vectors, [texts, width], and how many of the texts were truncated.
 Encode = Callable[[list[str]], tuple[np.ndarray, int]]
+# Chunks of texts -> each with what `Encode` gives, in the same order.
+EncodeChunks = Callable[[Iterator[list[str]]], Iterator[tuple[list[str], tuple[np.ndarray, int]]]]
 
 
 class EmbeddingRun:
@@ -63,18 +65,30 @@ class EmbeddingRun:
         progress: Callable[[int], None],
         threads: int | None = None,
     ) -> None:
-        """Encode the remaining texts in chunks of `chunk`, and finish. `progress` gets the count so far; `threads` is
-        that of the model, for the journal.
+        """Encode the remaining texts in chunks of `chunk`, one after another, and finish. `progress` gets the count so
+        far; `threads` is that of the model, for the journal.
 
         ValueError: the input has no text, or other texts than the ones of a resumed run; a vector is not finite.
         """
+        self.execute_chunks(
+            lambda found: ((texts, encode(texts)) for texts in found), chunk, description, progress, threads
+        )
+
+    def execute_chunks(
+        self,
+        encode: EncodeChunks,
+        chunk: int,
+        description: Mapping[str, Any],
+        progress: Callable[[int], None],
+        threads: int | None = None,
+    ) -> None:
+        """As `execute`, with a function that may encode several chunks at a time."""
         journal = self._journal
         journal.description, journal.threads = dict(description), threads
         stream = chunks(self._source.texts(), chunk)
         self._skip(stream)
         progress(journal.count)
-        for texts in stream:
-            vectors, truncated = encode(texts)
+        for texts, (vectors, truncated) in encode(stream):
             _check(vectors, len(texts), journal)
             journal.width = vectors.shape[1]
             journal.count += len(texts)

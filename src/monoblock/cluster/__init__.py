@@ -1,0 +1,1 @@
+"""Actors of Ray that each hold a model."""
