@@ -102,7 +102,7 @@ def plan(
         raise ValueError(f"--replicas {count}: the machines have {sum(cpus)} CPUs; give fewer replicas")
     own = threads or (fitting[-1] if fitting else 1)
     # Ray fills one machine before it uses another one.
-    most = max(min(count, machine.cpus // own or count) for machine in machines)
+    most = count if local else max(min(count, machine.cpus // own or count) for machine in machines)
     memory = min(machine.memory for machine in machines) // most
     return ActorPlan(count, own, gpu, 1 if local else own, memory)
 
