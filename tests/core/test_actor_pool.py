@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from monoblock.cluster.actors import DEATHS, ActorPool, Machine, check_address, plan
+from monoblock.cluster.actors import DEATHS, ActorPool, Machine, check_address, connected, plan
 
 
 class ActorDied(Exception):
@@ -171,3 +172,55 @@ def test_addresses() -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             check_address(text)
+
+
+class StartingRay(SimpleNamespace):
+    """A stand-in for the module, whose `init` fails as often as there are errors."""
+
+    def __init__(self, *errors: Exception) -> None:
+        super().__init__(errors=list(errors), options={}, down=0)
+
+    def init(self, **options: Any) -> None:
+        self.options = options
+        if self.errors:
+            raise self.errors.pop(0)
+
+    def shutdown(self) -> None:
+        self.down += 1
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {"Alive": True, "Resources": {"CPU": 4.0, "memory": 100.0}},
+            {"Alive": False, "Resources": {}},
+        ]
+
+
+def test_a_slow_start_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    slow = Exception("The current node timed out during startup. This could ...")
+    ray = StartingRay(slow, slow)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with connected("local", 5) as cluster:
+        print("a message of Ray")
+        assert cluster.machines == (Machine(3, 0, 100),) and cluster.local
+        assert ray.options["num_cpus"] == 5
+    assert ray.down == 3
+    assert capsys.readouterr() == ("", "a message of Ray\n")
+    for address, errors in {
+        "local": [slow] * 3,
+        "auto": [slow],
+        "head:6379": [RuntimeError("no\nroute")],
+    }.items():
+        monkeypatch.setitem(sys.modules, "ray", StartingRay(*errors))
+        with pytest.raises(ConnectionError, match=f"--ray {address}: Ray does not start or answer: "):
+            connected(address, None).__enter__()
+
+
+def test_a_cluster_has_its_own_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = StartingRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with connected("auto", None) as cluster:
+        assert cluster.machines == (Machine(4, 0, 100),) and not cluster.local
+    assert ray.options["address"] == "auto" and "num_cpus" not in ray.options

@@ -28,6 +28,8 @@ T = TypeVar("T")
 LOCAL = "local"  # the address of an instance of Ray that is started on this machine, and ended again
 ADDRESS = re.compile(r"auto|local|(\[[\da-fA-F:.]+\]|[\w.-]+):\d{1,5}")
 DEVICES = ("auto", "cpu", "cuda")
+STARTS = 3  # attempts to start Ray on a machine that is busy
+SLOW = "timed out during startup"  # in the message of Ray's plain Exception
 DEATHS = 4  # deaths per actor, plus as many, without a finished call in between, that end a run
 
 
@@ -156,7 +158,8 @@ def connected(address: str, replicas: int | None) -> Generator[Cluster]:
     """A connection to Ray at an address (`check_address`); `LOCAL`: to processes of its own on this machine.
 
     Ray's messages, which it prints on standard output, go to standard error. ImportError: ray is not installed.
-    ConnectionError: there is no cluster at that address.
+    ConnectionError: there is no cluster at that address, or Ray does not
+    start.
     """
     check_address(address)
     try:
@@ -170,7 +173,7 @@ def connected(address: str, replicas: int | None) -> Generator[Cluster]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options |= {"num_cpus": max(threads, replicas or 1), "include_dashboard": False}
     with contextlib.redirect_stdout(sys.stderr):
-        ray.init(address=address, **options)
+        _init(ray, address, options)
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             machines = [
@@ -185,6 +188,20 @@ def connected(address: str, replicas: int | None) -> Generator[Cluster]:
             yield Cluster(ray, local, tuple(machines))
         finally:
             ray.shutdown()
+
+
+def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
+    """`ray.init`, again if the processes of this machine are not ready after Ray's 30 seconds, which are fixed."""
+    for left in range(STARTS - 1, -1, -1):
+        try:
+            ray.init(address=address, **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            reason = " ".join(str(error).split())
+            if address != LOCAL or not left or SLOW not in reason:
+                raise ConnectionError(f"--ray {address}: Ray does not start or answer: {reason}") from error
+            log.warning("Ray is slow to start: trying again")
 
 
 @dataclass(eq=False)
