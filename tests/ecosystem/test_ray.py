@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("ray")
 
 TEXTS, PROMPTS = 2000, 100
-SECONDS = 400.0  # that a command may take
+SECONDS = 900.0  # that a command may take
 CPU = ("--device", "cpu")
 BATCH = (*CPU, "--cache-memory", "32", "--max-sequences", "2")
 RAY = ("--ray", "--replicas", "2")
