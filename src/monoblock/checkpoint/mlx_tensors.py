@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from monoblock.checkpoint.affine_tensors import AffineTensors, as_array
+from monoblock.checkpoint.affine_tensors import AffineTensors
 from monoblock.checkpoint.mlx_config import MlxDeclaration, kept_bits
 from monoblock.checkpoint.packed import Array, PackedForm
+from monoblock.checkpoint.quantized_view import as_array
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
 

@@ -24,18 +24,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
 from monoblock.checkpoint import casts
-from monoblock.checkpoint.array_adapters import adapter
 from monoblock.checkpoint.bnb_tensors import STATE
 from monoblock.checkpoint.mlx_config import MLX
 from monoblock.checkpoint.mlx_tensors import is_mlx
 from monoblock.checkpoint.packed import RUN, Array, PackedForm, fused_members, pack_codes, pack_groups
 from monoblock.checkpoint.packed_config import BITSANDBYTES, COMPRESSED, PackedDeclaration
+from monoblock.checkpoint.quantized_view import QuantizedView, as_array
 from monoblock.checkpoint.torchao_config import TORCHAO
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
@@ -64,20 +62,21 @@ _AWQ_ORDER = np.array((0, 4, 1, 5, 2, 6, 3, 7))  # where the outputs of a word a
 _CHUNK = 1 << 21  # weights that are unpacked at a time
 
 
-class PackedTensors:
+class PackedTensors(QuantizedView):
     """A store's tensors, with each quantised matrix as codes, scale and low, or dequantised to bfloat16.
 
     `biases`: whether the model's matrices have biases; if not, biases of zeros, which some tools write, are left out.
     """
 
     def __init__(self, tensors: Tensors, how: PackedDeclaration, framework: str, *, biases: bool):
-        self._tensors, self._how, self._arrays = tensors, how, adapter(framework)
+        super().__init__(tensors, framework)
+        self._how = how
         self._all = names = dict.fromkeys(tensors)
-        self._codes_end, self._zeros_end, self._scales_end, self._index_end = ends = _ENDINGS[how.layout]
+        self.codes_end, self._zeros_end, self._scales_end, self._index_end = ends = _ENDINGS[how.layout]
         stems = [name.removesuffix(ends[0]) for name in names if name.endswith(ends[0])]
         if how.layout in _SIGNED:
             stems = [stem for stem in stems if stem + ends[2] in names]
-        self._shapes = {stem: self._checked_shape(stem) for stem in stems}
+        self.shapes = {stem: self._checked_shape(stem) for stem in stems}
         forms = {stem: self._form(stem) for stem in stems}
         for stem in stems:
             here = [
@@ -85,22 +84,21 @@ class PackedTensors:
             ]
             if any(forms.get(member) is None for member in here):  # not packed, or not quantised
                 forms |= dict.fromkeys((member for member in here if member in forms), None)
-        # Name -> the matrix and the component, or the stored name.
-        self._names: dict[str, tuple[str, str] | None] = {}
         more = _MORE if how.layout != "qweight" else ()
         own = {f"{stem}{end}" for stem in stems for end in (*ends, *more)}
         for name in names:
             stem, _, leaf = name.rpartition(".")
-            empty = leaf == "bias" and stem in forms and not biases and not _array(tensors.tensor(name)).any()
+            empty = (
+                leaf == "bias" and stem in forms and not biases and not as_array(tensors.tensor(name)).any()
+            )
             if name not in own and not empty:
-                self._names[name] = None
-        self._forms: dict[str, PackedForm] = {}
+                self.parts[name] = None
         for stem, form in forms.items():
             if form is None:
-                self._names[f"{stem}.weight"] = (stem, "weight")
+                self.parts[f"{stem}.weight"] = (stem, "weight")
                 continue
-            self._forms[stem] = form
-            self._names |= {f"{stem}.weight.{part}": (stem, part) for part in form.components}
+            self.forms[stem] = form
+            self.parts |= {f"{stem}.weight.{part}": (stem, part) for part in form.components}
         kept = [stem for stem, form in forms.items() if form is None]
         if kept:
             log.warning(
@@ -111,39 +109,9 @@ class PackedTensors:
                 kept[0],
             )
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if (found := self._names[name]) is None:
-            return self._tensors.shape(name)
-        stem, part = found
-        return self._shapes[stem] if part == "weight" else self._forms[stem].shape(part, self._shapes[stem])
-
-    def dtype(self, name: str) -> str:
-        if (found := self._names[name]) is None:
-            return self._tensors.dtype(name)
-        stem, part = found
-        return "BF16" if part == "weight" else self._forms[stem].dtype(part)
-
-    def path(self, name: str) -> Path:
-        found = self._names[name]
-        return self._tensors.path(name if found is None else found[0] + self._codes_end)
-
-    def tensor(self, name: str) -> Any:
-        if (found := self._names[name]) is None:
-            return self._tensors.tensor(name)
-        stem, part = found
-        made = self._dequantised(stem) if part == "weight" else self._component(stem, self._forms[stem], part)
-        return self._arrays.from_buffer(made, self.dtype(name), made.shape)
-
-    def inputs(self, name: str) -> int:
-        """The inputs of the quantised matrix `X.weight`, without padding."""
-        return self._shapes[name.removesuffix(".weight")][1]
-
     def _checked_shape(self, stem: str) -> tuple[int, int]:
         """(outputs, inputs) of a matrix; ShapeMismatch: its tensors do not have the declared layout."""
-        how, tensors, ends = self._how, self._tensors, _ENDINGS[self._how.layout]
+        how, tensors, ends = self._how, self.tensors, _ENDINGS[self._how.layout]
         zeros_too = how.layout == "qweight" or not how.symmetric
         names = [stem + ends[0], stem + ends[2], *([stem + ends[1]] if zeros_too else [])]
         if missing := next((name for name in names if name not in self._all), None):
@@ -188,11 +156,11 @@ class PackedTensors:
             return codes[0], codes[1]
         if how.layout == "words":
             name = stem + ".weight_shape"
-            if name not in self._all or self._tensors.shape(name) != (2,):
+            if name not in self._all or self.tensors.shape(name) != (2,):
                 raise CheckpointError(
                     f"the checkpoint has {stem}.weight_packed, but lacks a proper {name}: fetch it again"
                 )
-            outputs, inputs = (int(size) for size in _array(self._tensors.tensor(name)))
+            outputs, inputs = (int(size) for size in as_array(self.tensors.tensor(name)))
             return (outputs, inputs) if 0 < inputs <= codes[1] * each else (codes[0], codes[1])
         return scales[1], codes[0] * each if how.source == "gptq" else codes[0]
 
@@ -201,11 +169,11 @@ class PackedTensors:
         name = stem + ".weight_format"
         if name not in self._all:
             return True
-        if self._tensors.dtype(name) != "U8" or self._tensors.shape(name) not in ((), (1,)):
-            raise CheckpointError(f"{name} in {self._tensors.path(name).name} must be one number of U8")
-        if (code := int(_array(self._tensors.tensor(name)).reshape(-1)[0])) != 0:
+        if self.tensors.dtype(name) != "U8" or self.tensors.shape(name) not in ((), (1,)):
+            raise CheckpointError(f"{name} in {self.tensors.path(name).name} must be one number of U8")
+        if (code := int(as_array(self.tensors.tensor(name)).reshape(-1)[0])) != 0:
             raise CheckpointError(
-                f"{name} in {self._tensors.path(name).name} is {code}, a layout of other kernels: only 0 (rows) is read"
+                f"{name} in {self.tensors.path(name).name} is {code}, a layout of other kernels: only 0 (rows) is read"
             )
         return True
 
@@ -216,7 +184,7 @@ class PackedTensors:
         group = RUN if size % RUN == 0 else size
         if group not in _GROUPS or not self._consecutive(stem):
             return None
-        short = self._tensors.dtype(stem + self._scales_end) == "F16" and how.layout != "scb"
+        short = self.tensors.dtype(stem + self._scales_end) == "F16" and how.layout != "scb"
         middle = how.symmetric  # then low is a power of two times the scale
         low = not (middle and how.bits == 8)
         return PackedForm(bits=how.bits, group=group, low=low, wide=not (short and middle))
@@ -230,23 +198,23 @@ class PackedTensors:
 
     def _index(self, stem: str) -> Array | None:
         """The group of each input, checked; None: consecutive."""
-        name, (_, inputs) = stem + self._index_end, self._shapes[stem]
+        name, (_, inputs) = stem + self._index_end, self.shapes[stem]
         if name not in self._all:
             return None
-        index = _array(self._tensors.tensor(name))
+        index = as_array(self.tensors.tensor(name))
         if self._how.source == COMPRESSED and (index == -1).all():
             return None  # not used
         groups = -(-inputs // (self._how.group or inputs))
         if index.shape != (inputs,) or index.dtype.kind != "i" or index.min() < 0 or index.max() >= groups:
             raise CheckpointError(
-                f"{name} in {self._tensors.path(name).name} must name one of {groups} groups for each of {inputs} "
+                f"{name} in {self.tensors.path(name).name} must name one of {groups} groups for each of {inputs} "
                 "inputs"
             )
         return index
 
     def _codes(self, stem: str) -> Iterator[tuple[slice, Array]]:
         """Codes (outputs, inputs) of some outputs at a time."""
-        words, (outputs, inputs) = _array(self._tensors.tensor(stem + self._codes_end)), self._shapes[stem]
+        words, (outputs, inputs) = as_array(self.tensors.tensor(stem + self.codes_end)), self.shapes[stem]
         step = max(8, _CHUNK // inputs // 8 * 8)
         for first in range(0, outputs, step):
             rows = slice(first, min(first + step, outputs))
@@ -263,7 +231,7 @@ class PackedTensors:
     def _scales(self, stem: str) -> tuple[Array, Array]:
         """Scales and zero points (outputs, groups), float32 and integers."""
         name = stem + self._scales_end
-        scales = np.asarray(_array(self._tensors.tensor(name)), np.float32)
+        scales = np.asarray(as_array(self.tensors.tensor(name)), np.float32)
         zeros = self._zeros(stem)
         if self._how.layout == "scb":
             scales = (scales / np.float32(127))[:, None]
@@ -274,16 +242,16 @@ class PackedTensors:
         else:
             scales = scales.T
         if not np.isfinite(scales).all():
-            raise CheckpointError(f"{name} in {self._tensors.path(name).name} has scales that are not finite")
+            raise CheckpointError(f"{name} in {self.tensors.path(name).name} has scales that are not finite")
         return scales, zeros
 
     def _zeros(self, stem: str) -> Array:
         """Zero points (outputs, groups), as codes."""
-        how, (outputs, inputs), name = self._how, self._shapes[stem], stem + self._zeros_end
+        how, (outputs, inputs), name = self._how, self.shapes[stem], stem + self._zeros_end
         middle, groups = 1 << how.bits - 1, -(-inputs // (how.group or inputs))
         if how.layout != "qweight" and how.symmetric:
             return np.full((outputs, groups), middle, np.int32)
-        stored = np.ascontiguousarray(_array(self._tensors.tensor(name)))
+        stored = np.ascontiguousarray(as_array(self.tensors.tensor(name)))
         if how.layout == "int8":
             return stored.reshape(-1, groups).astype(np.int32) + middle
         if how.layout == "words":
@@ -292,13 +260,13 @@ class PackedTensors:
         zeros = fields.astype(np.int32) + how.offset if how.source == "gptq" else _awq_order(fields)
         if how.symmetric and (zeros != middle).any():
             raise CheckpointError(
-                f"{name} in {self._tensors.path(name).name} has zero points other than {middle}, but the declaration "
+                f"{name} in {self.tensors.path(name).name} has zero points other than {middle}, but the declaration "
                 "says sym=true: correct it"
             )
         return zeros.T
 
-    def _component(self, stem: str, form: PackedForm, part: str) -> Array:
-        shape = self._shapes[stem]
+    def component(self, stem: str, form: PackedForm, part: str) -> Array:
+        shape = self.shapes[stem]
         if part == "codes":
             made = np.empty(form.shape(part, shape), np.uint8)
             for rows, codes in self._codes(stem):
@@ -314,8 +282,8 @@ class PackedTensors:
             )
         return made
 
-    def _dequantised(self, stem: str) -> Array:
-        (outputs, inputs), (scales, zeros) = self._shapes[stem], self._scales(stem)
+    def dequantised(self, stem: str) -> Array:
+        (outputs, inputs), (scales, zeros) = self.shapes[stem], self._scales(stem)
         index = self._index(stem)
         if index is None:
             index = np.arange(inputs) // (self._how.group or inputs)
@@ -368,11 +336,3 @@ def _fields(words: Array, bits: int) -> Array:
 def _awq_order(fields: Array) -> Array:
     """The fields of AWQ's words in the order of outputs."""
     return fields.reshape(len(fields), -1, 8)[:, :, _AWQ_ORDER].reshape(len(fields), -1)
-
-
-def _array(tensor: Any) -> Array:
-    """A framework's tensor as a NumPy array; bfloat16 as float32."""
-    if isinstance(tensor, np.ndarray):
-        array: Any = cast("Any", tensor)
-        return casts.widened(array) if casts.dtype_of(array) == "BF16" else array
-    return (tensor.float() if str(tensor.dtype).endswith("bfloat16") else tensor).numpy()

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from monoblock.checkpoint.affine_tensors import AffineTensors, as_array
+from monoblock.checkpoint.affine_tensors import AffineTensors
 from monoblock.checkpoint.packed import RUN, Array, PackedForm
+from monoblock.checkpoint.quantized_view import as_array
 from monoblock.checkpoint.torchao_config import member
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch, UnsupportedConfig

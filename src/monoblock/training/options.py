@@ -261,6 +261,13 @@ class TrainingOptions:
             int(x) if x.isascii() and x.isdigit() and len(x) < 10 else 0 for x in map(str.strip, parts)
         )
 
+    def hub(self, source: str) -> dict[str, Any]:
+        """The arguments of from_pretrained for a folder, or a name on the hub."""
+        found: dict[str, Any] = {"local_files_only": self.offline}
+        if self.revision is not None and not Path(source).is_dir():
+            found["revision"] = self.revision
+        return found
+
     def changed(self, values: Mapping[str, Any]) -> TrainingOptions:
         """These options with other values; ValueError for a name that is none."""
         check_names(values, "an option")

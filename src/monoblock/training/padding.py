@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,13 @@ class PaddedRows:
     positions: np.ndarray
     documents: np.ndarray
     labels: np.ndarray | None
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills rows: the tokenizer's, else its end of text, else 0; the mask hides it."""
+    pad = tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id if pad is None else pad
+    return 0 if pad is None else int(pad)
 
 
 def padded(rows: Sequence[Sequence[TokenRow]], pad: int, length: int | None = None) -> PaddedRows:

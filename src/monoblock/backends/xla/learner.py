@@ -14,7 +14,7 @@ import numpy as np
 import monoblock
 from monoblock.seeds import set_seed
 from monoblock.training.options import TrainingOptions
-from monoblock.training.padding import padded
+from monoblock.training.padding import pad_id, padded
 from monoblock.training.tasks.base import Example, NotFinite, Task
 
 STATE = "training"  # the subfolder of a checkpoint with the optimizer's state
@@ -44,12 +44,8 @@ class LearnerBase:
         self.task, self.options = task, options
         set_seed(options.seed)
         self.tokenizer = task.tokenizer
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        self.pad = 0 if pad is None else int(pad)
-        how: dict[str, Any] = {"dtype": "float32", "local_files_only": options.offline}
-        if options.revision is not None and not Path(source).is_dir():
-            how["revision"] = options.revision
+        self.pad = pad_id(self.tokenizer)
+        how: dict[str, Any] = {"dtype": "float32", **options.hub(source)}
         if fields:  # a head for other labels is initialised
             how["ignore_mismatched_sizes"] = True
         auto = getattr(monoblock, f"{self.prefix}{task.auto}")

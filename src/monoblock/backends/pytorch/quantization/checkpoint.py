@@ -18,12 +18,11 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix, quantized_module
 from monoblock.backends.pytorch.quantization.quantize import Quantizer, matrices
 from monoblock.checkpoint import quantized
-from monoblock.checkpoint.affine_tensors import AffineTensors
 from monoblock.checkpoint.bnb_tensors import FourBitTensors
 from monoblock.checkpoint.dense_tensors import Float8Tensors
 from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
 from monoblock.checkpoint.matching import LoadReport, match_tensors
-from monoblock.checkpoint.packed_tensors import PackedTensors
+from monoblock.checkpoint.quantized_view import QuantizedView
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
 from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfig, stored_quantization
@@ -70,7 +69,7 @@ def load(
     expected: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in quantized.COMPONENTS}
     for canonical, source in held.items():
         rows, columns = shapes[canonical]
-        if isinstance(store, PackedTensors | AffineTensors):
+        if isinstance(store, QuantizedView):
             _check_inputs(store, source, columns)
         has = {kind: canonical in sources for kind, sources in kinds.items()}
         bits, group = _form(source.names[0], parts, has, how, columns)
@@ -112,7 +111,7 @@ def load(
     return LoadReport(unused=unused, extra=extra)
 
 
-def _check_inputs(store: PackedTensors | AffineTensors, source: TensorSource, columns: int) -> None:
+def _check_inputs(store: QuantizedView, source: TensorSource, columns: int) -> None:
     """ShapeMismatch: a matrix has another number of inputs, which its padded codes may not show."""
     for name in source.names:
         if (inputs := store.inputs(name)) != columns:

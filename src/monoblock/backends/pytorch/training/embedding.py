@@ -26,7 +26,7 @@ class EmbeddingLearner(Learner):
     def _load(self, source: str, fields: Mapping[str, Any]) -> Any:
         del fields  # the config has no labels
         self.encoder = SentenceTransformer(
-            source, device=self.device, dtype=self.options.dtype, framework="pt", **self._where(source)
+            source, device=self.device, dtype=self.options.dtype, framework="pt", **self.options.hub(source)
         )
         wide = self.encoder.get_embedding_dimension()
         for width in self.options.widths:

@@ -21,6 +21,7 @@ from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.seeds import set_seed
 from monoblock.training.options import TrainingOptions
+from monoblock.training.padding import pad_id
 from monoblock.training.tasks.base import Example, NotFinite, Task, TokenRow
 
 _STATE = "training"  # the subfolder of a checkpoint with optimizer and random states
@@ -52,28 +53,19 @@ class Learner:
         adapted = train and options.lora_rank is not None
         self.model: Any = self._load(base if adapted else source, fields)
         self.tokenizer = task.tokenizer
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        self.pad = 0 if pad is None else int(pad)
+        self.pad = pad_id(self.tokenizer)
         self.optimizer: Optimizer | None = None
         if train:
             self._prepare(source if adapted and source != base else None)
 
     def _load(self, source: str, fields: Mapping[str, Any]) -> Any:
         auto = getattr(monoblock, self.task.auto)
-        options: dict[str, Any] = {"dtype": self.options.dtype, **self._where(source)}
+        options: dict[str, Any] = {"dtype": self.options.dtype, **self.options.hub(source)}
         if fields:  # a head for other labels is initialised
             options["ignore_mismatched_sizes"] = True
         if self.options.quantize is not None:
             options["quantization_config"] = self.options.quantize
         return auto.from_pretrained(source, **options, **fields).to(self.device)
-
-    def _where(self, source: str) -> dict[str, Any]:
-        """The options of the hub."""
-        found: dict[str, Any] = {"local_files_only": self.options.offline}
-        if self.options.revision is not None and not Path(source).is_dir():
-            found["revision"] = self.options.revision
-        return found
 
     def _prepare(self, adapter: str | None) -> None:
         """Choose what is trained."""
