@@ -24,7 +24,7 @@ INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monobl
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types test-core test-all test-page test-ecosystem test-optimum docs clean test-notebooks test-distributed
+.PHONY: help demo test lint format types test-core test-all test-page test-ecosystem test-optimum docs clean test-notebooks test-distributed test-plans
 .PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest wheel mutate search-model chat-adapter
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
@@ -82,6 +82,9 @@ test-optimum-%: .venv-optimum-%/.installed
 test-distributed: $(VENV)/.installed-test ## four processes, and the commands that start processes (not in `test`)
 	@echo "== several processes"
 	@MONOBLOCK_TEST_DISTRIBUTED=1 $(VENV)/bin/python -m pytest tests/distributed
+
+test-plans: $(VENV)/.installed-test ## the native kernels' tests with other ways to read weights
+	@$(VENV)/bin/python tools/native_tests.py
 
 test-oldest: $(OLDEST:%=test-oldest-%) ## the tests with the oldest versions that pyproject.toml admits
 

@@ -19,6 +19,8 @@ from monoblock.config import PretrainedConfig
 from monoblock.native import build
 
 pytest.register_assert_rewrite("contract")
+# Tests measure nothing, also not in the processes that they start.
+os.environ.setdefault("MONOBLOCK_TUNE", "0")
 # Background jobs of a shell ignore SIGINT, and so would the commands that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

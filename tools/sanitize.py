@@ -13,23 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import native_tests
+
 ROOT = Path(__file__).parents[1]
 FLAGS = (
     *("-O1", "-g", "-fno-omit-frame-pointer"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-)
-TESTS = (
-    "torch/test_attention_kernels",
-    "torch/test_fused",
-    "torch/test_linear",
-    "torch/test_lossless",
-    "torch/test_low_rank",
-    "torch/test_native_numbers",
-    "torch/test_native_threads",
-    "torch/test_packed",
-    "torch/test_packed_forward",
-    "torch/test_prompt",
-    "serving/test_paged_step",
 )
 # Python and the frameworks do not free all memory at exit, and some of their libraries define symbols twice.
 ASAN = "detect_leaks=0:detect_odr_violation=0:abort_on_error=1"
@@ -52,9 +41,8 @@ def main(arguments: list[str]) -> int:
         environment = {**os.environ, "PYTHONPATH": scratch}
         subprocess.run([sys.executable, "-c", BUILD.format(flags=FLAGS)], env=environment, check=True)
         environment |= {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": ASAN, "UBSAN_OPTIONS": UBSAN}
-        tests = [str(ROOT / "tests" / f"{name}.py") for name in TESTS]
         return subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, *arguments],
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *native_tests.paths(), *arguments],
             env=environment,
             cwd=ROOT,
             check=False,

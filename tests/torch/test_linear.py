@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ctypes import byref
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monoblock import native
+from monoblock import OpenAIGPTConfig, OpenAIGPTLMHeadModel, native
 from monoblock.backends.pytorch.kernels import linear
 from monoblock.backends.pytorch.kernels.linear import Linear, dense, quantized_dense
 from monoblock.backends.pytorch.quantization import formats
+from monoblock.native import tuning
+from monoblock.quantization import LOSSLESS
 
 # Outputs around the blocks of 2, 4, 8, 16 and 64; inputs around vectors, runs of 128, and panels of 64 groups.
 SHAPES = [(1, 1), (7, 3), (9, 64), (17, 130), (67, 257), (33, 515)]
@@ -126,6 +129,57 @@ def test_threads_do_not_change_the_result(level: str) -> None:
             own = level != "0" and (rows < 17 or native.has_bf16_gemm(200))
             found.append((dense(x, weight, None) if own else y, y))
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@torch.no_grad()
+def test_every_plan_of_reading_weights_gives_the_same_bits(level: str) -> None:
+    if level == "0":
+        pytest.skip("PyTorch's products have no plans")
+    outputs, inputs = 100, 500
+    weight, library = made(outputs, inputs), native.library()
+    packed = {bits: formats.pack(weight, bits, 64) for bits in (8, 4)}
+    matrices = [weight, weight.bfloat16(), *packed.values(), formats.pack(weight.bfloat16(), LOSSLESS, 128)]
+    structures = [linear.native_matrix(matrix, None) for matrix in matrices]
+    names = list(native.FORMATS)
+    for rows in (1, 2, 3, 4, 5, 8, 9, 16):
+        x = made(rows, inputs, seed=rows)
+
+        def products(rows: int = rows, x: Tensor = x) -> list[Tensor]:
+            found: list[Tensor] = []
+            for structure in structures:
+                y = torch.empty(rows, outputs)
+                assert not library.mb_product(byref(structure), x.data_ptr(), rows, y.data_ptr(), 2)
+                found.append(y)
+            return found
+
+        expected = products()
+        assert (expected[0] - x @ weight.T).abs().max() <= CLOSE * (x.abs() @ weight.abs().T).max()
+        before = {(name, own): tuning.get_plan(library, name, own) for name in names for own in tuning.ROWS}
+        try:
+            for fields in (fields for group in tuning.candidates(1) for fields in group):
+                tuning.force(library, fields)
+                for name, ours, theirs in zip(names, products(), expected, strict=True):
+                    assert torch.equal(ours, theirs), (rows, fields, name)
+        finally:
+            for (name, own), plan in before.items():
+                tuning.set_plan(library, name, own, plan)
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"native kernels: {native.status()}")
+@torch.no_grad()
+def test_products_that_pytorch_has_faster_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tuning.get_plan(native.library(), "float32", 1)
+    measured = {("float32", 1): tuning.Choice(plan, 1.0, 0.8), ("float32", 4): tuning.Choice(plan, 1.0, 1.2)}
+    monkeypatch.setattr(tuning, "_used", {torch.get_num_threads(): measured})
+    weight = made(64, 64)
+    assert linear.product(made(1, 64), weight, None) is not linear._native
+    assert linear.product(made(4, 64), weight, None) is linear._native
+    monkeypatch.setattr(tuning, "ensure", lambda *_: measured)
+    sizes = {"n_embd": 32, "n_head": 2, "n_layer": 1, "vocab_size": 50}
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes)).eval()
+    assert model.decoding_path() == "PyTorch's products of float32 weights are 1.2 x as fast on this machine"
+    measured["float32", 1] = tuning.Choice(plan, 1.0, 0.9)  # less than a step saves
+    assert model.decoding_path() == "native step"
 
 
 @pytest.mark.skipif(native.library() is None, reason=f"native kernels: {native.status()}")

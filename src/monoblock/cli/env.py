@@ -17,6 +17,7 @@ from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import Json
 from monoblock.generation.limits import host_memory
+from monoblock.native import tuning
 
 app = sub_app()
 
@@ -61,10 +62,24 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
         "cpu_units": [unit for unit in CPU_UNITS if unit in _cpu_units()],
         "native_kernels": native.status(),
+        "native_plans": _plans(),
         "threads": _threads(),
         "memory": host_memory() or "not known",
         "gpus": _gpus(),
     }
+
+
+def _plans() -> dict[str, str] | str:
+    """How native products read their weights, by format and rows of inputs, as measured on this machine."""
+    if native.library() is None:
+        return "no native kernels"
+    if (chosen := tuning.setting()) not in ("on", "force"):
+        return f"{tuning.VARIABLE}: {chosen if chosen == 'off' else os.environ[tuning.VARIABLE]}"
+    return {
+        f"{form}, {rows} row{'s' * (rows > 1)}, {threads} thread{'s' * (threads > 1)}": str(choice)
+        for threads, choices in tuning.stored(native.level()).items()
+        for (form, rows), choice in choices.items()
+    } or "defaults; the first model larger than the last cache has them measured"
 
 
 def _text(value: Any) -> str:

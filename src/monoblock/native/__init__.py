@@ -18,7 +18,7 @@ from typing import Any
 
 from monoblock.native import abi
 
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
+FORMATS = abi.FORMATS
 VARIABLE = "MONOBLOCK_NATIVE"
 # Levels with dot products of 8-bit integers and of bfloat16.
 DOT_PRODUCTS = ("avx512_vnni_bf16", "avx512_amx")
@@ -84,9 +84,9 @@ def _opened() -> tuple[Any, str | None, str]:
 
 def choose(chosen: str) -> tuple[Any, str | None, str]:
     """The library, its level and the status for a value of `MONOBLOCK_NATIVE`."""
-    from monoblock.native import (
-        build,
-    )  # here, so that it can be run as a script without being imported before
+    # Here, so that `build` can be run as a script without being imported before.
+    from monoblock.native import build
+    from monoblock.native.tuning import apply_setting
 
     chosen = chosen.strip().lower()
     if chosen in ("0", "off", "no", "false"):
@@ -118,6 +118,7 @@ def choose(chosen: str) -> tuple[Any, str | None, str]:
             return None, None, f"none: {difference}; the versions differ: reinstall monoblock"
     except (OSError, AttributeError) as error:
         return None, None, f"none: {error}"
+    apply_setting(found)
     status = best if best == names[highest] or chosen in names else f"{best}; {names[highest]} was not built"
     return found, best, status if has_openmp(found) else f"{status}; {SERIAL}"
 

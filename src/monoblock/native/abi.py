@@ -21,6 +21,9 @@ from ctypes import (
 )
 from typing import Any
 
+# `Format` of matrix.hpp.
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
+
 # Strides (batch, head, token), in elements.
 Strides = c_int64 * 3
 
@@ -46,6 +49,12 @@ class Matrix(Structure):
         (c_int64, "outputs inputs"),
         (c_int32, "format group bias_format wide"),
     )
+
+
+class ReadPlan(Structure):
+    """`ReadPlan` of read_plan.hpp: how products read their weights."""
+
+    _fields_ = _fields((c_int32, "hint distance streams chunks"))
 
 
 # ---------------------------------------------------------------------------- prompt kernels
@@ -196,7 +205,7 @@ class LayoutEntry(Structure):
 
 # Every structure that Python and the library share.
 STRUCTURES: tuple[type[Structure], ...] = (
-    *(Matrix, AttentionCall, NormCall, RopeCall, ActivationCall),
+    *(Matrix, ReadPlan, AttentionCall, NormCall, RopeCall, ActivationCall),
     *(
         NormWeights,
         LowRank,
@@ -261,6 +270,9 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(c_void_p, c_int32, c_int64, c_int),
         ),
     ),
+    "mb_read_plan": (c_int, (c_int32, c_int64, POINTER(ReadPlan))),
+    "mb_set_read_plan": (c_int, (c_int32, c_int64, POINTER(ReadPlan))),
+    "mb_product": (c_int, (POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int)),
     "mb_unfold": (c_int, (POINTER(Matrix), c_void_p, c_int)),
     "mb_read": (c_int, (c_void_p, c_int64, c_int, POINTER(c_uint32))),
     "mb_attention": (c_int, (POINTER(AttentionCall),)),

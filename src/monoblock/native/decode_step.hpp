@@ -16,9 +16,6 @@
 namespace decode {
 
 constexpr int MAX_KEY_CHUNKS = 16;  // chunks that one row's keys are divided into at most
-// Chunks of a matrix per thread: few, since each is a new stream to the hardware prefetcher. A thread that has finished its
-// chunks prefetches the next matrix.
-constexpr int CHUNKS = 2;
 constexpr int64_t MAX_PREFETCH = 256 << 10;  // bytes prefetched at most, which must stay in L2 until they are read
 
 class Run {
@@ -162,12 +159,11 @@ class Run {
     for (int64_t t = 0; t < count; ++t) normed(norm, m.bf16, x + t * m.width, m.width, own.h + t * h_stride);
   }
 
-  int64_t chunk_of(int64_t outputs) const { return round_up(outputs / (CHUNKS * s.threads) + 1, 16); }
-
-  // Calls `work(first, last)` for chunks of the outputs.
+  // Calls `work(first, last)` for chunks of the outputs of W, or of the first of the matrices that W consists of. A thread that
+  // has finished its chunks prefetches the next matrix.
   template <class F>
-  void for_outputs(int64_t outputs, Own& own, F work) {
-    const int64_t chunk = chunk_of(outputs);
+  void for_outputs(const Matrix& w, int64_t outputs, Own& own, F work) {
+    const int64_t chunk = chunk_of(w, outputs, count, s.threads);
     phase(own, (outputs + chunk - 1) / chunk, [&](int64_t i) { work(i * chunk, std::min((i + 1) * chunk, outputs)); });
   }
 
@@ -177,8 +173,8 @@ class Run {
   // Prefetch of the chunk of W that a thread reads first. `parts`: W is that many fused matrices, of which the first is read.
   WeightPrefetch first_weights(const Matrix& w, int thread, int parts = 1) const {
     const int64_t outputs = w.outputs / parts;
-    const int64_t chunk = chunk_of(outputs), first = std::min(thread * chunk, outputs);
-    const int streams = streams_of(w.format, count > SMALL_BATCH);
+    const int64_t chunk = chunk_of(w, outputs, count, s.threads), first = std::min(thread * chunk, outputs);
+    const int streams = read_plans.get(w.format, count).streams;
     return WeightPrefetch(w, first, std::min(first + chunk, outputs), streams, MAX_PREFETCH / streams);
   }
 
@@ -249,7 +245,7 @@ class Run {
   void linear(const Matrix& w, const Adapters& adapters, const float* from, int64_t step, float* to, int64_t to_stride,
               Own& own) {
     inputs_of(w, adapters, from, step, own);
-    for_outputs(w.outputs, own, [&](int64_t first, int64_t last) {
+    for_outputs(w, w.outputs, own, [&](int64_t first, int64_t last) {
       product(w, adapters, to, to_stride, first, last, own);
     });
   }
@@ -259,7 +255,7 @@ class Run {
     inputs_of(w, adapters, from, step, own);
     const float* before = m.pre_norm ? x : own.h;
     const int64_t before_stride = m.pre_norm ? m.width : h_stride;
-    for_outputs(m.width, own, [&](int64_t first, int64_t last) {
+    for_outputs(w, m.width, own, [&](int64_t first, int64_t last) {
       product(w, adapters, y, m.width, first, last, own);
       for (int64_t t = 0; t < count; ++t)
         for (int64_t i = first; i < last; ++i) x[t * m.width + i] = before[t * before_stride + i] + y[t * m.width + i];
@@ -268,7 +264,7 @@ class Run {
 
   void mlp_up(const Matrix& w, const Adapters& adapters, Own& own) {
     inputs_of(w, adapters, own.h, h_stride, own);
-    for_outputs(m.mlp_width, own, [&](int64_t first, int64_t last) {
+    for_outputs(w, m.mlp_width, own, [&](int64_t first, int64_t last) {
       product(w, adapters, inner, inner_stride, first, last, own);
       for (int64_t t = 0; t < count; ++t) activate(m.activation, inner + t * inner_stride + first, last - first);
     });
@@ -276,7 +272,7 @@ class Run {
 
   void mlp_gated_up(const Matrix& w, const Adapters& adapters, Own& own) {
     inputs_of(w, adapters, own.h, h_stride, own, 2);
-    for_outputs(m.mlp_width, own, [&](int64_t first, int64_t last) {
+    for_outputs(w, m.mlp_width, own, [&](int64_t first, int64_t last) {
       product(w, adapters, inner, inner_stride, first, last, own);
       product(w, adapters, inner, inner_stride, m.mlp_width + first, m.mlp_width + last, own);
       for (int64_t t = 0; t < count; ++t) {
@@ -289,7 +285,7 @@ class Run {
 
   void logits(Own& own) {
     inputs_of(m.head, m.head_adapters, own.h, h_stride, own);
-    for_outputs(m.head.outputs, own, [&](int64_t first, int64_t last) {
+    for_outputs(m.head, m.head.outputs, own, [&](int64_t first, int64_t last) {
       product(m.head, m.head_adapters, s.logits, m.head.outputs, first, last, own);
       for (int64_t t = 0; t < count; ++t)
         if (m.logit_scale != 1 || m.logit_softcap != 0)

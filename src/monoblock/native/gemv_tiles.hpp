@@ -7,23 +7,9 @@
 // three rows of weights just fit the registers and are 25% faster than two.
 #pragma once
 
-#include "prefetch.hpp"
+#include "read_plan.hpp"
 
 namespace matrices {
-
-constexpr int SMALL_BATCH = 4;  // rows of inputs up to which the number of streams is chosen for bandwidth
-
-// Rows of weights that are read in parallel, for up to SMALL_BATCH rows of inputs or for more (`more`).
-constexpr int streams_of(int32_t format, bool more) {
-  return format == INT8 ? 2 : format == BF16 ? (more ? 3 : 2) : 4;
-}
-
-// Software prefetch of a stream's weights, 2 or 3 KiB ahead. It gains 50% with eight rows of inputs and 10% with one on AMD,
-// and 30% on Intel, where distances of 1 to 3 KiB differ by no more than 5%.
-template <Hint HINT, int T>
-INLINE void prefetch_weights(const void* from) {
-  prefetch_ahead<T == 1 ? 2048 : 3072, HINT>(from);
-}
 
 // Rows of weights of a tile: its sums, R * T vectors, must stay in registers (32 with AVX-512, else 16).
 template <int STREAMS, int T>
@@ -38,27 +24,27 @@ struct FloatTile {
   static constexpr int32_t FORMAT = F32;
 
   template <Hint HINT, int R, int T>
-  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
+  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
                          float (&out)[R][T]) {
     const float *w = (const float*)m.data + output * m.inputs, *x = p.x + row * p.ldx;
     Floats sums[R][T] = {};
     int64_t k = 0;
-    for (; k + LANES <= m.inputs; k += LANES) step<HINT, R, T>(w + k, gap * m.inputs, x + k, p.ldx, sums);
+    for (; k + LANES <= m.inputs; k += LANES) step<HINT, R, T>(w + k, gap * m.inputs, x + k, p.ldx, ahead, sums);
     if (int64_t rest = m.inputs - k) {
       float last_w[R][LANES] = {}, last_x[T][LANES] = {};
       for (int r = 0; r < R; ++r) memcpy(last_w[r], w + r * gap * m.inputs + k, rest * 4);
       for (int t = 0; t < T; ++t) memcpy(last_x[t], x + t * p.ldx + k, rest * 4);
-      step<HINT, R, T>(last_w[0], LANES, last_x[0], LANES, sums);
+      step<HINT, R, T>(last_w[0], LANES, last_x[0], LANES, ahead, sums);
     }
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
   }
 
   template <Hint HINT, int R, int T>
-  static INLINE void step(const float* w, int64_t ldw, const float* x, int64_t ldx,
+  static INLINE void step(const float* w, int64_t ldw, const float* x, int64_t ldx, int64_t ahead,
                           Floats (&sums)[R][T]) {
     Floats weights[R];
     UNROLL for (int r = 0; r < R; ++r) {
-      prefetch_weights<HINT, T>(w + r * ldw);
+      prefetch_ahead<HINT>(w + r * ldw, ahead);
       weights[r] = load<Floats>(w + r * ldw);
     }
     UNROLL for (int t = 0; t < T; ++t) {
@@ -74,26 +60,27 @@ struct BfloatTile {
   static constexpr int32_t FORMAT = BF16;
 
   template <Hint HINT, int R, int T>
-  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
+  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
                          float (&out)[R][T]) {
     constexpr int STEP = 2 * LANES;
     const uint16_t* w = (const uint16_t*)m.data + output * m.inputs;
     const auto* x = Tile::inputs(p) + row * p.padded;
     Floats sums[R][T] = {};
     int64_t k = 0;
-    for (; k + STEP <= m.inputs; k += STEP) step<HINT, R, T>(w + k, gap * m.inputs, x + k, p.padded, sums);
+    for (; k + STEP <= m.inputs; k += STEP) step<HINT, R, T>(w + k, gap * m.inputs, x + k, p.padded, ahead, sums);
     if (int64_t rest = m.inputs - k) {
       uint16_t last[R][STEP] = {};
       for (int r = 0; r < R; ++r) memcpy(last[r], w + r * gap * m.inputs + k, rest * 2);
-      step<HINT, R, T>(last[0], STEP, x + k, p.padded, sums);
+      step<HINT, R, T>(last[0], STEP, x + k, p.padded, ahead, sums);
     }
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
   }
 
   template <Hint HINT, int R, int T, class X>
-  static INLINE void step(const uint16_t* w, int64_t ldw, const X* x, int64_t ldx, Floats (&sums)[R][T]) {
+  static INLINE void step(const uint16_t* w, int64_t ldw, const X* x, int64_t ldx, int64_t ahead,
+                          Floats (&sums)[R][T]) {
     Shorts weights[R];
-    UNROLL for (int r = 0; r < R; ++r) prefetch_weights<HINT, T>(w + r * ldw), weights[r] = in_register(load<Shorts>(w + r * ldw));
+    UNROLL for (int r = 0; r < R; ++r) prefetch_ahead<HINT>(w + r * ldw, ahead), weights[r] = in_register(load<Shorts>(w + r * ldw));
     Tile::template multiply<R, T>(weights, x, ldx, sums);
   }
 };
@@ -145,18 +132,18 @@ struct CodeTile {
   static constexpr int SCALES_AHEAD = 128;  // elements; hardware prefetchers do not follow so few bytes a row
 
   template <Hint HINT, int R, int T>
-  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
+  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
                          float (&out)[R][T]) {
     switch (m.group) {
-      case RUN: return sum_of<HINT, R, T, RUN>(m, p, output, gap, row, out);
-      case 64: return sum_of<HINT, R, T, 64>(m, p, output, gap, row, out);
-      case 32: return sum_of<HINT, R, T, 32>(m, p, output, gap, row, out);
-      default: return sum_of<HINT, R, T, LEAST_GROUP>(m, p, output, gap, row, out);
+      case RUN: return sum_of<HINT, R, T, RUN>(m, p, output, gap, row, ahead, out);
+      case 64: return sum_of<HINT, R, T, 64>(m, p, output, gap, row, ahead, out);
+      case 32: return sum_of<HINT, R, T, 32>(m, p, output, gap, row, ahead, out);
+      default: return sum_of<HINT, R, T, LEAST_GROUP>(m, p, output, gap, row, ahead, out);
     }
   }
 
   template <Hint HINT, int R, int T, int GROUP>
-  static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
+  static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
                          float (&out)[R][T]) {
     constexpr int EACH = RUN / GROUP;
     const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2, groups = p.padded / GROUP;
@@ -171,7 +158,7 @@ struct CodeTile {
         const int64_t k = (first + g) * GROUP;
         Codes codes[R][2];
         UNROLL for (int r = 0; r < R; ++r)
-          unpack<HINT, T>(w + r * gap * bytes + (FORMAT == INT8 ? k : k / 2), codes[r]);
+          unpack<HINT>(w + r * gap * bytes + (FORMAT == INT8 ? k : k / 2), ahead, codes[r]);
         UNROLL for (int t = 0; t < T; ++t) {
           const int8_t* q = x + t * p.padded + k;
           const __m512i low = _mm512_loadu_si512(q), high = _mm512_loadu_si512(q + 64), none = {};
@@ -206,13 +193,13 @@ struct CodeTile {
   }
 
   // The codes of 128 weights.
-  template <Hint HINT, int T>
-  static INLINE void unpack(const uint8_t* from, Codes (&codes)[2]) {
+  template <Hint HINT>
+  static INLINE void unpack(const uint8_t* from, int64_t ahead, Codes (&codes)[2]) {
     codes[0] = load<Codes>(from);
-    prefetch_weights<HINT, T>(from);
+    prefetch_ahead<HINT>(from, ahead);
     if (FORMAT == INT8) {
       codes[1] = load<Codes>(from + 64);
-      prefetch_weights<HINT, T>(from + 64);
+      prefetch_ahead<HINT>(from + 64, ahead);
     } else {
       codes[1] = codes[0] >> 4;
       codes[0] &= 15;
@@ -256,18 +243,18 @@ template <int32_t CODES>
 struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
   template <Hint HINT, int R, int T>
-  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
+  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
                          float (&out)[R][T]) {
     switch (part_of(m)) {
-      case BLOCK: return sum_of<HINT, R, T, BLOCK>(m, p, output, gap, row, out);
-      case 32: return sum_of<HINT, R, T, 32>(m, p, output, gap, row, out);
-      default: return sum_of<HINT, R, T, LEAST_GROUP>(m, p, output, gap, row, out);
+      case BLOCK: return sum_of<HINT, R, T, BLOCK>(m, p, output, gap, row, ahead, out);
+      case 32: return sum_of<HINT, R, T, 32>(m, p, output, gap, row, ahead, out);
+      default: return sum_of<HINT, R, T, LEAST_GROUP>(m, p, output, gap, row, ahead, out);
     }
   }
 
   // PART: inputs of one group whose products are scaled at once.
   template <Hint HINT, int R, int T, int PART>
-  static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, float (&out)[R][T]) {
+  static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead, float (&out)[R][T]) {
     const int64_t groups = groups_of(m), bytes = FORMAT == INT8 ? p.padded : p.padded / 2;
     const uint8_t* w = (const uint8_t*)m.data + output * bytes;
     const float *x = p.x + row * p.ldx, *block = p.q_sum + row * p.blocks;
@@ -278,7 +265,7 @@ struct CodeTile {
       int64_t at = FORMAT == INT8 ? start : start / RUN * BLOCK + start % BLOCK;
       int shift = FORMAT == INT8 ? 0 : start % RUN / BLOCK * 4;
       for (int r = 0; r < R; ++r) {
-        prefetch_weights<HINT, T>(w + r * gap * bytes + at);
+        prefetch_ahead<HINT>(w + r * gap * bytes + at, ahead);
         const float scale = scale_of(m, group + r * gap * groups), low = low_of(m, group + r * gap * groups);
         Floats part[T] = {};
         for (int k = 0; k < PART; k += LANES) {
@@ -302,10 +289,11 @@ struct CodeTile {
 template <class Tile, int R, int T>
 INLINE void tile(const Matrix& m, const Prepared& x, int64_t output, int64_t gap, int row, float* y, int64_t ldy) {
   float out[R][T];
-  if (NON_TEMPORAL)
-    Tile::template run<Hint::non_temporal, R, T>(m, x, output, gap, row, out);
+  const ReadPlan plan = read_plans.get(Tile::FORMAT, T);
+  if (plan.hint)
+    Tile::template run<Hint::non_temporal, R, T>(m, x, output, gap, row, plan.distance, out);
   else
-    Tile::template run<Hint::temporal, R, T>(m, x, output, gap, row, out);
+    Tile::template run<Hint::temporal, R, T>(m, x, output, gap, row, plan.distance, out);
   for (int r = 0; r < R; ++r) {
     float bias = bias_of(m, output + r * gap);
     for (int t = 0; t < T; ++t) y[(row + t) * ldy + output + r * gap] = out[r][t] + bias;
@@ -330,11 +318,13 @@ INLINE void by_strips(int streams, int64_t first, int64_t last, F strip) {
 }
 
 // All rows of inputs are multiplied by a strip of weights before the next strip, so that the weights are read from DRAM once.
-template <class Tile, int STREAMS>
+// MORE: there may be more than SMALL_BATCH rows.
+template <class Tile, int STREAMS, bool MORE>
 inline void by_streams(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
   by_strips(STREAMS, first, last, [&](int64_t output, int64_t gap) {
     int row = 0;
-    for (; row + FEW <= rows; row += FEW) strip<Tile, STREAMS, FEW>(m, x, row, y, ldy, output, gap);
+    if constexpr (MORE)
+      for (; row + FEW <= rows; row += FEW) strip<Tile, STREAMS, FEW>(m, x, row, y, ldy, output, gap);
     if (row + 4 <= rows) strip<Tile, STREAMS, 4>(m, x, row, y, ldy, output, gap), row += 4;
     switch (rows - row) {
       case 3: strip<Tile, STREAMS, 3>(m, x, row, y, ldy, output, gap); break;
@@ -346,8 +336,10 @@ inline void by_streams(const Matrix& m, const Prepared& x, int rows, float* y, i
 
 template <class Tile>
 inline void over_tiles(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
-  if (rows <= SMALL_BATCH) return by_streams<Tile, streams_of(Tile::FORMAT, false)>(m, x, rows, y, ldy, first, last);
-  by_streams<Tile, streams_of(Tile::FORMAT, true)>(m, x, rows, y, ldy, first, last);
+  if (rows > SMALL_BATCH)
+    return by_streams<Tile, streams_of(Tile::FORMAT, true), true>(m, x, rows, y, ldy, first, last);
+  read_plans.get(Tile::FORMAT, rows).streams == 2 ? by_streams<Tile, 2, false>(m, x, rows, y, ldy, first, last)
+                                                  : by_streams<Tile, 4, false>(m, x, rows, y, ldy, first, last);
 }
 
 }  // namespace matrices

@@ -83,6 +83,21 @@ EXPORT int mb_linear(const Matrix* m, const void* x, int32_t x_format, int64_t l
   return matrices::linear(*m, x, x_format, ldx, rows, y, y_format, ldy, threads);
 }
 
+// How products of a format with this many rows of inputs read their weights; 1 if there is no such plan. See read_plan.hpp.
+EXPORT int mb_read_plan(int32_t format, int64_t rows, ReadPlan* plan) {
+  if (!matrices::ReadPlans::has(format, rows)) return 1;
+  *plan = matrices::read_plans.get(format, rows);
+  return 0;
+}
+EXPORT int mb_set_read_plan(int32_t format, int64_t rows, const ReadPlan* plan) {
+  return !matrices::read_plans.set(format, rows, *plan);
+}
+
+// y (rows, outputs) = x (rows, inputs) W^T for up to 16 rows of float32, with the chunks of a decoding step; for tuning.py.
+EXPORT int mb_product(const Matrix* m, const float* x, int64_t rows, float* y, int threads) {
+  return matrices::product_by_plan(*m, x, int(rows), y, threads);
+}
+
 // Decompresses a LOSSLESS matrix to bf16 (outputs, inputs).
 EXPORT int mb_unfold(const Matrix* m, uint16_t* to, int threads) {
   matrices::decompress(*m, to, threads);

@@ -185,4 +185,20 @@ inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx,
   return 0;
 }
 
+// y (rows, outputs) = x (rows, inputs) W^T + bias for up to BATCH_ROWS rows of float32, in the chunks of a decoding step.
+// Returns as `linear`.
+inline int product_by_plan(const Matrix& m, const float* x, int rows, float* y, int threads) {
+  char* scratch = (char*)scratch_of(prepared_bytes(m.inputs, BATCH_ROWS));
+  if (!scratch || rows > BATCH_ROWS) return 1;
+  Prepared p = prepared_in(scratch, m.inputs, BATCH_ROWS);
+  prepare(m, x, m.inputs, rows, p);
+  const int64_t each = chunk_of(m, m.outputs, rows, threads), chunks = (m.outputs + each - 1) / each;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = chunk * each, last = first + each < m.outputs ? first + each : m.outputs;
+    multiply(m, p, rows, y, m.outputs, first, last);
+  }
+  return 0;
+}
+
 }  // namespace matrices

@@ -86,7 +86,7 @@ struct LosslessTile {
   static constexpr int32_t FORMAT = LOSSLESS;
 
   template <Hint HINT, int R, int T>
-  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
+  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
                          float (&out)[R][T]) {
     const auto* x = Step::inputs(p) + row * p.padded;
     const int64_t bytes = row_bytes(m), head = head_bytes(m);
@@ -97,7 +97,7 @@ struct LosslessTile {
     for (int64_t k = 0; k < m.inputs; k += RUN) {
       const uint8_t* runs = first + k / RUN * RUN_BYTES;
       for (int at = 0; at < RUN_BYTES; at += 64)
-        UNROLL for (int r = 0; r < R; ++r) prefetch_weights<HINT, T>(runs + r * gap * bytes + at);
+        UNROLL for (int r = 0; r < R; ++r) prefetch_ahead<HINT>(runs + r * gap * bytes + at, ahead);
       UNROLL for (int word = 0; word < 32; word += 2 * LANES) {
         Shorts lower[R];
         UNROLL for (int r = 0; r < R; ++r) lower[r] = load<Shorts>(runs + r * gap * bytes + RUN + 2 * word);

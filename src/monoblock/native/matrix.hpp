@@ -143,3 +143,4 @@ inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int
 
 using matrices::Matrix;
 using matrices::Prepared;
+using matrices::ReadPlan;

@@ -203,7 +203,7 @@ class PagedRun {
     }
 #endif
     // Long parts of the outputs for few rows, for the hardware prefetcher.
-    const int64_t chunk = rows > FEW ? CHUNK_OUTPUTS : round_up(w.outputs / (2 * s.threads) + 1, 16);
+    const int64_t chunk = rows > FEW ? CHUNK_OUTPUTS : chunk_of(w, w.outputs, rows, s.threads);
     phase(mine, (w.outputs + chunk - 1) / chunk, [&](int64_t i) {
       const int64_t first = i * chunk, last = std::min(first + chunk, w.outputs);
       multiply_rows(w, mine.prepared, rows, to, to_stride, first, last);

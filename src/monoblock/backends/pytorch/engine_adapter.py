@@ -25,6 +25,7 @@ from monoblock.backends.pytorch.native_weights import (
     Inventory,
     common_dtype,
     library_obstacle,
+    speed_obstacle,
     weights,
     weights_obstacle,
 )
@@ -70,7 +71,7 @@ def obstacle(model: Any, max_length: int | None = None) -> str | None:
         return why
     inventory = Inventory(model)
     inventory.fuse_groups()
-    return weights_obstacle(model, inventory)
+    return weights_obstacle(model, inventory) or speed_obstacle(model, inventory)
 
 
 def _spec_obstacle(spec: ArchSpec, max_length: int | None) -> str | None:

@@ -8,16 +8,18 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monoblock import native
 from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.kernels import dispatch, low_rank
-from monoblock.backends.pytorch.kernels.linear import FORMATS, native_matrix
+from monoblock.backends.pytorch.kernels.linear import FORMATS, QUANTIZED, native_matrix
 from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.model import Attention
 from monoblock.backends.pytorch.parts import GROUPS, Part, fuse_weights
 from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix
+from monoblock.native import tuning
 from monoblock.native.abi import Adapters, LayerWeights, LowRank, Matrix, ModelWeights, NormWeights
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Learned, Rotary
@@ -250,6 +252,56 @@ def weights_obstacle(model: ModelBase, inventory: Inventory | None = None) -> st
         if tensor.dtype != dtype and not name.endswith(_PACKED):
             return f"{name} is {tensor.dtype} in a model of {dtype}"
     return None
+
+
+def speed_obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None:
+    """Why PyTorch's modules decode faster on this machine; None if they do not.
+
+    The plans of the model's products are in use after this call (see native/tuning.py).
+    """
+    inventory = inventory or Inventory(model)
+    formats = {
+        _NAMES[number]
+        for _, module in inventory.modules
+        if isinstance(module, (nn.Linear, Conv1D, QuantizedMatrix))
+        and (number := _format_of(module)) is not None
+    }
+
+    def weight_bytes() -> int:
+        return sum(tensor.numel() * tensor.itemsize for _, _, tensor in inventory.tensors())
+
+    threads = torch.get_num_threads()
+    choices = tuning.ensure(native.library(), native.level(), formats, weight_bytes, threads, _rival)
+    for name in sorted(formats):
+        choice = choices.get((name, 1))
+        if choice is not None and choice.lead is not None and choice.lead * STEP_GAIN < 1:
+            return f"PyTorch's products of {name} weights are {1 / choice.lead:.1f} x as fast on this machine"
+    return None
+
+
+# A step of the library takes this much less time than the same products by PyTorch's modules.
+STEP_GAIN = 1.2
+_NAMES = {number: name for name, number in native.FORMATS.items()}
+
+
+def _format_of(module: nn.Module) -> int | None:
+    """The native format of a module's matrix; None: it has none."""
+    if isinstance(module, QuantizedMatrix):
+        return QUANTIZED[module.bits]
+    return FORMATS.get(module.get_parameter("weight").dtype)
+
+
+def _rival(form: str, rows: int, memory: tuning.SlicedMemory) -> tuning.Product | None:
+    """PyTorch's own product, for the formats that it has."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(form)
+    if dtype is None:
+        return None
+    x = torch.ones(rows, tuning.INPUTS, dtype=dtype)
+
+    def product(number: int) -> Tensor:
+        return F.linear(x, torch.from_numpy(memory.slice(form, number)).view(dtype))
+
+    return product
 
 
 # Modules that the library implements: these classes of PyTorch, and all classes of these files.

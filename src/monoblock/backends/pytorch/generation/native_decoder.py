@@ -21,6 +21,7 @@ from monoblock.backends.pytorch.native_weights import (
     Inventory,
     NativeWeights,
     library_obstacle,
+    speed_obstacle,
     weights,
     weights_obstacle,
 )
@@ -41,7 +42,7 @@ def obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None
         return why
     if not model.can_generate():
         return f"{type(model).__name__} does not generate"
-    return weights_obstacle(model, inventory)
+    return weights_obstacle(model, inventory) or speed_obstacle(model, inventory)
 
 
 # ---------------------------------------------------------------------------- steps

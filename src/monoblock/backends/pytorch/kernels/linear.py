@@ -42,6 +42,7 @@ from monoblock import native
 from monoblock.backends.pytorch.kernels import dispatch, quantized_cuda
 from monoblock.backends.pytorch.quantization import formats
 from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
+from monoblock.native import tuning
 from monoblock.native.abi import Matrix
 from monoblock.quantization import LOSSLESS
 
@@ -96,8 +97,11 @@ def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Te
         else:
             own = size <= FEW_OF[x.dtype] * inputs or _by_pairs(x, inputs)
         own &= size > 0 and weight.is_contiguous() and _bias_fits(bias, weight.shape[0])
-        if own and native.preferred(torch.get_num_threads()) is not None:
-            return _native
+        threads = torch.get_num_threads()
+        if own and native.preferred(threads) is not None:
+            form, rows = str(x.dtype).removeprefix("torch."), size // inputs
+            if rows > FEW or not tuning.loses(form, rows, threads):
+                return _native
         if ONEDNN and size and x.dtype == torch.float32 and weight.numel():
             return _onednn
     return F.linear
