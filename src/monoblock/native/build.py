@@ -28,7 +28,7 @@ _VNNI_BF16 = (*_AVX512, "-mavx512vnni", "-mavx512bf16")
 
 # From the lowest to the highest: `mb_level` returns an index of this table. Other architectures have only the first.
 LEVELS: dict[str, tuple[str, ...]] = {
-    "base": (),
+    "base": ("-O2",),  # for CPUs of before 2013: small rather than fast
     "avx2": _AVX2,
     "avx512": _AVX512,
     "avx512_vnni_bf16": _VNNI_BF16,
@@ -45,6 +45,8 @@ FLAGS = (
     "-fPIC",
     "-shared",
 )
+# Symbols are left out, but not from builds with further flags, which are for sanitizers.
+STRIP = ("-s",)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _build(folder: Path, more: tuple[str, ...], seconds: float) -> Outcome:
         )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
         openmp = _openmp(command, Path(scratch))
-        flags = (*FLAGS, f'-DMB_SOURCES="{digest()}"', *openmp, *more)
+        flags = (*FLAGS, *(() if more else STRIP), f'-DMB_SOURCES="{digest()}"', *openmp, *more)
 
         def one(level: str, own: tuple[str, ...]) -> str:
             made = Path(scratch) / path_of(level).name

@@ -286,18 +286,24 @@ struct CodeTile {
 };
 #endif
 
-template <class Tile, int R, int T>
-INLINE void tile(const Matrix& m, const Prepared& x, int64_t output, int64_t gap, int row, float* y, int64_t ldy) {
+template <Hint HINT, class Tile, int R, int T>
+INLINE void tile_by(const Matrix& m, const Prepared& x, int64_t output, int64_t gap, int row, int64_t ahead, float* y,
+                    int64_t ldy) {
   float out[R][T];
-  const ReadPlan plan = read_plans.get(Tile::FORMAT, T);
-  if (plan.hint)
-    Tile::template run<Hint::non_temporal, R, T>(m, x, output, gap, row, plan.distance, out);
-  else
-    Tile::template run<Hint::temporal, R, T>(m, x, output, gap, row, plan.distance, out);
+  Tile::template run<HINT, R, T>(m, x, output, gap, row, ahead, out);
   for (int r = 0; r < R; ++r) {
     float bias = bias_of(m, output + r * gap);
     for (int t = 0; t < T; ++t) y[(row + t) * ldy + output + r * gap] = out[r][t] + bias;
   }
+}
+
+template <class Tile, int R, int T>
+INLINE void tile(const Matrix& m, const Prepared& x, int64_t output, int64_t gap, int row, float* y, int64_t ldy) {
+  const ReadPlan plan = read_plans.get(Tile::FORMAT, T);
+  if (plan.hint)
+    tile_by<Hint::non_temporal, Tile, R, T>(m, x, output, gap, row, plan.distance, y, ldy);
+  else
+    tile_by<Hint::temporal, Tile, R, T>(m, x, output, gap, row, plan.distance, y, ldy);
 }
 
 // The tiles of STREAMS rows of weights, `gap` apart; of a single row if `gap` is 0.

@@ -35,11 +35,13 @@ inline void prepare_row(const Matrix& m, const float* x, int64_t ldx, int64_t ro
 #endif
 }
 
-// R outputs, `gap` apart, of the rows [row, end), T rows at a time.
+// R outputs, `gap` apart, of the rows [row, end), T rows at a time. The weights stay in L2 for the next rows: the hint is the
+// temporal one.
 template <class Tile, int R, int T>
 inline void row_tiles(const Matrix& m, const Prepared& x, int64_t row, int64_t end, float* y, int64_t ldy, int64_t output,
                       int64_t gap) {
-  for (; row + T <= end; row += T) tile<Tile, R, T>(m, x, output, gap, int(row), y, ldy);
+  const int64_t ahead = read_plans.get(Tile::FORMAT, FEW).distance;
+  for (; row + T <= end; row += T) tile_by<Hint::temporal, Tile, R, T>(m, x, output, gap, int(row), ahead, y, ldy);
   if constexpr (T > 1)
     if (row < end) row_tiles<Tile, R, T / 2>(m, x, row, end, y, ldy, output, gap);
 }
