@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from monoblock.generation import guidance, limits, processors, stopping, structured
+from monoblock.generation import drafts, guidance, limits, processors, stopping, structured
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig, as_own_config
 from monoblock.generation.decoder import GenerationPlan, GenerativeModel
@@ -51,10 +51,13 @@ def prepare(
         assisted=call.assistant_model is not None,
         unsupported=model.unsupported,
     )
+    call.speculation, given_method = drafts.check_method(call.speculation), call.speculation
+    if given_method == "off":  # also where the model's own config sets it
+        config.prompt_lookup_num_tokens = None
     if _is_speculative(call, config) and (config.num_beams or 1) > 1:
         raise ValueError(
-            "speculative decoding and beam search cannot be combined: leave out num_beams, or assistant_model and "
-            "prompt_lookup_num_tokens"
+            "speculative decoding and beam search cannot be combined: leave out num_beams, or assistant_model, "
+            "prompt_lookup_num_tokens and speculation"
         )
     own = call.generation_config.own_fields() if call.generation_config else {}
     explicit = frozenset({*own, *(name for name, value in given.items() if value is not None)})
@@ -62,7 +65,11 @@ def prepare(
 
 
 def _is_speculative(call: GenerateArguments, config: GenerationConfig) -> bool:
-    return call.assistant_model is not None or config.prompt_lookup_num_tokens is not None
+    return (
+        call.assistant_model is not None
+        or config.prompt_lookup_num_tokens is not None
+        or call.speculation is not None
+    )
 
 
 def _copies(config: GenerationConfig) -> int:
@@ -135,7 +142,7 @@ class GenerationRun:
         self.criteria = stopping.build(
             config.max_time, config.stop_strings, self.user_criteria, call.tokenizer
         )
-        self.assistant = call.assistant_model
+        self.assistant, self.speculation = call.assistant_model, call.speculation
         self.vocab = 0  # set from the first scores
         self.decoder = model.decoder(self.plan, inputs)
 

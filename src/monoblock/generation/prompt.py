@@ -34,6 +34,7 @@ class GenerateArguments:
     tokenizer: Any = None
     response_format: Any = None
     assistant_model: Any = None
+    speculation: str | None = None
     negative_prompt_ids: Any = None
     negative_prompt_attention_mask: Any = None
     seed: int | None = None

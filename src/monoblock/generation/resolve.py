@@ -56,7 +56,7 @@ UNSUPPORTED: Unsupported = {
     "target_lookbehind": ((10,), "an assistant with another tokenizer is not implemented"),
     "speculation_type": (
         (),
-        "speculative decoding is enabled by assistant_model or prompt_lookup_num_tokens",
+        "speculative decoding is enabled by speculation, assistant_model or prompt_lookup_num_tokens",
     ),
     "use_mtp": ((False,), "no supported model has multi-token prediction"),
     "cache_implementation": (

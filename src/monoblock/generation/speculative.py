@@ -3,7 +3,7 @@
 The distribution of the output is exactly that of plain decoding. Greedy: a draft token is accepted while it is the
 model's own choice. Sampling: speculative sampling of arXiv 2211.17192: a token drawn from the draft distribution q is
 accepted with probability min(1, p/q), else a token is drawn from the normalised max(0, p - q). Drafts come from an
-earlier occurrence of the last tokens (prompt lookup) or from a smaller model (`assistant_model`).
+earlier occurrence of the last tokens (`drafts.py`) or from a smaller model (`assistant_model`).
 """
 
 from __future__ import annotations
@@ -11,40 +11,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-from monoblock.generation import processors
+from monoblock.generation import draft_rule, processors
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig, as_own_config
 from monoblock.generation.decoder import GenerativeModel, RewindableDecoder
+from monoblock.generation.draft_rule import DraftRule
+from monoblock.generation.drafts import DEFAULT_MATCH, Draft, DraftSource, PromptLookup, speculator
 from monoblock.generation.preparation import GenerationRun
 
 # A sliding-window cache can be cropped by that many tokens.
 LONGEST_DRAFT = 64
-DEFAULT_MATCH = 2  # tokens, transformers' default of max_matching_ngram_size
+# Tokens of a draft of `speculation`: with one more they are a step of the native library (native_decoder.MOST).
+MOST_DRAFTED = 15
 # transformers' defaults for an assistant.
 DEFAULT_ASSISTANT: dict[str, Any] = {
     "num_assistant_tokens": 20,
     "num_assistant_tokens_schedule": "constant",
     "assistant_confidence_threshold": 0.4,
 }
-
-
-@dataclass
-class Draft:
-    """Draft tokens, and the scores (1, vocab) that each was drawn from; without scores if the draft was not sampled."""
-
-    tokens: list[int] = field(default_factory=list[int])
-    scores: list[Array] = field(default_factory=list[Array])
-
-
-class DraftSource(Protocol):
-    """A source of draft tokens."""
-
-    def propose(self, ids: list[int], room: int) -> Draft:
-        """At most `room` tokens that may follow `ids`."""
-        ...
 
 
 def run(generation: GenerationRun) -> Any:
@@ -60,6 +46,7 @@ def run(generation: GenerationRun) -> Any:
     scores_1kv, draft = scores_1v[:, None], Draft()
     done, left = False, plan.new_tokens
     while True:
+        accepted_tokens, accepted = 0, False
         for index in range(len(draft.tokens) + 1):
             logits_1v = scores_1kv[:, index]
             chosen_1v = generation.processed(logits_1v, sequences.ids)
@@ -73,12 +60,15 @@ def run(generation: GenerationRun) -> Any:
                 generation.streamer.put(ops.host(token_1))
             done = generation.ended([token], sequences.rows, sequences.ids, outputs)[0]
             left = plan.new_tokens - (len(ids) - start)
+            accepted_tokens += accepted
             if done or left == 0 or not accepted:
                 break
         # The last token is not in the cache yet; rejected draft tokens are.
         decoder.crop(plan.prompt_length + len(ids) - start - 1)
         if done or left == 0:
             return outputs.output(sequences.ids(), decoder)
+        if isinstance(source, RuledDrafts) and len(ids) > start + 1:
+            source.stepped(draft, accepted_tokens)
         draft = source.propose(ids, min(left - 1, LONGEST_DRAFT))
         scores_1kv = decoder.extend(ops.array([[ids[-1], *draft.tokens]]))
 
@@ -87,20 +77,49 @@ def _check(generation: GenerationRun) -> None:
     if generation.plan.rows > 1:
         raise ValueError(
             f"speculative decoding needs one prompt and one sequence, got {generation.plan.rows} rows: leave out "
-            "assistant_model and prompt_lookup_num_tokens for batches"
+            "assistant_model, prompt_lookup_num_tokens and speculation for batches, or use monoblock.LLM"
         )
-    if generation.assistant is not None and generation.config.prompt_lookup_num_tokens is not None:
-        raise ValueError(
-            "drafts come either from assistant_model or from prompt_lookup_num_tokens: pass one of them"
-        )
+    sources = {
+        "assistant_model": generation.assistant,
+        "prompt_lookup_num_tokens": generation.config.prompt_lookup_num_tokens,
+        "speculation": generation.speculation,
+    }
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"drafts come either from {given[0]} or from {given[1]}: pass one of them")
 
 
 def _source(generation: GenerationRun) -> DraftSource:
     config = generation.config
     if generation.assistant is not None:
         return Assistant(generation, generation.assistant)
+    if generation.speculation is not None:
+        return RuledDrafts(generation.speculation)
     assert config.prompt_lookup_num_tokens is not None
     return PromptLookup(config.prompt_lookup_num_tokens, config.max_matching_ngram_size or DEFAULT_MATCH)
+
+
+class RuledDrafts:
+    """Drafts of `speculation`, as long as the rule of `draft_rule.py` expects."""
+
+    def __init__(self, method: str) -> None:
+        """`method`: of `drafts.METHODS`."""
+        self.drafts, self.rule = speculator(method, MOST_DRAFTED), DraftRule()
+        self.started = 0.0
+
+    def propose(self, ids: list[int], room: int) -> Draft:
+        """A draft for the next step, which begins now."""
+        draft = self.drafts.propose(ids, room)
+        if draft.tokens:
+            draft = draft.cut(self.rule.lengths([draft], [self.drafts.acceptance], 1, 1)[0])
+        self.started = draft_rule.clock()
+        return draft
+
+    def stepped(self, draft: Draft, accepted: int) -> None:
+        """The step is done; so many tokens of its draft were accepted."""
+        seconds = draft_rule.clock() - self.started
+        self.rule.stepped(1, len(draft.tokens), 1, accepted, seconds)
+        self.drafts.learn(draft, min(accepted + 1, len(draft.tokens)), accepted)
 
 
 def _choose(generation: GenerationRun, scores_1v: Array, draft: Draft, index: int) -> tuple[int, bool]:
@@ -135,29 +154,6 @@ def _drawn(generation: GenerationRun, p_scores_1v: Array, q_scores_1v: Array, dr
     rest_1v = ops.log(more_1v) if most > 0 else p_scores_1v
     [token] = ops.to_list(ops.sample(rest_1v, generator))
     return token
-
-
-class PromptLookup:
-    """Prompt lookup: drafts the continuation of the latest earlier occurrence of the last tokens."""
-
-    def __init__(self, count: int, longest: int):
-        self.count = count
-        # For each length: n-gram -> the position after its latest occurrence.
-        self.ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(longest)]
-        self.read = 1
-
-    def propose(self, ids: list[int], room: int) -> Draft:
-        """The tokens after the longest match; past the end of the sequence they repeat periodically."""
-        for end in range(self.read, len(ids)):
-            for size, ends in enumerate(self.ends[:end], start=1):
-                ends[tuple(ids[end - size : end])] = end
-        self.read = max(self.read, len(ids))
-        for size in range(min(len(self.ends), len(ids) - 1), 0, -1):
-            start = self.ends[size - 1].get(tuple(ids[-size:]))
-            if start is not None:
-                period = len(ids) - start
-                return Draft([ids[start + index % period] for index in range(min(self.count, room))])
-        return Draft()
 
 
 def _options(config: GenerationConfig, own: GenerationConfig | None) -> dict[str, Any]:

@@ -55,8 +55,8 @@ class TorchGenerationMixin(ModelBase, GenerationMixin):
         ...), `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings` and
         `response_format`), `assistant_model` (a smaller model with the same tokenizer), `negative_prompt_ids` (for
         `guidance_scale`), `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`, the model's other
-        inputs; besides, `seed` or `generator`, and `response_format` (a JSON schema or a regular expression that the
-        new text keeps to). ValueError: an unknown or unsupported option.
+        inputs; besides, `seed` or `generator`, `response_format` (a JSON schema or a regular expression that the new
+        text keeps to), and `speculation` ("suffix", "lookup" or "off"). ValueError: an unknown or unsupported option.
         """
         inputs, kwargs = self.generate_arguments(inputs, kwargs)
         for name in self.arguments & TENSORS & kwargs.keys() - {"input_ids", "attention_mask"}:
@@ -76,10 +76,12 @@ class TorchGenerationMixin(ModelBase, GenerationMixin):
 
     def _agree(self, kwargs: dict[str, Any], config: GenerationConfig | None) -> None:
         """Make the processes of a sharded model draw the same tokens: without a seed of the caller's, the first
-        process chooses one. ValueError: `max_time`, which would stop them at different tokens."""
+        process chooses one. ValueError: `max_time` and `speculation`, whose steps depend on each process's clock."""
         given = kwargs.get("max_time", getattr(config or self.generation_config, "max_time", None))
         if given is not None:
             self.refuse_sharded("max_time")
+        if kwargs.get("speculation") not in (None, "off"):
+            self.refuse_sharded("speculation")
         if kwargs.get("seed") is None and kwargs.get("generator") is None:
             assert self.tensor_group is not None
             kwargs["seed"] = self.tensor_group.agreed(int(torch.randint(1 << 31, ())))
