@@ -22,13 +22,15 @@ clock: Callable[[], float] = time.perf_counter
 # Tokens of a step whose times are recorded; other numbers count as the nearest of these.
 SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 RECENT = 8  # times of a size of which the least is used
-SURE_TIMES = 3  # of a size with drafts, before they count as its times rather than as interruptions
+SURE_TIMES = 3  # of a size with drafts, until a time is believed that is more than `PLAUSIBLE` times the expected one
+PLAUSIBLE = 1.5
 LEAST_TIMES = 2  # of a size, before drafts are added to it
 MOST_SURPRISE = 2.0  # the first time of a size counts at most so many times the expected one
 PRIOR_SLOPE = 0.06  # time of one more token, of that of a step of one, before it is measured
 # The balance, in steps without drafts: at the start, what each step adds to it, and its limits. With a rate of 0.02 and a
 # start of 0.3, rejected drafts cost less than 3% of the time of 30 tokens or more.
-START, RATE, LOWEST, HIGHEST = 0.3, 0.02, -0.3, 4.0
+START, RATE, LOWEST, HIGHEST = 0.3, 0.02, -1.0, 4.0
+FIRST_DRAFT = 4  # tokens of all drafts in a step at most, or so many times what was measured
 MARGIN = 1.02  # expected speedup below which there is no draft
 # Steps until a draft of one token is tried where more are not worthwhile; doubled each time that it is rejected.
 FIRST_WAIT, LONGEST_WAIT = 8, 256
@@ -54,6 +56,7 @@ class StepCosts:
         """A step took so long."""
         size = _size(tokens)
         recent = self._recent.get(size)
+        plausible = not drafted or (size not in self._sure and seconds <= PLAUSIBLE * self._time(tokens, self._sure))
         if recent is None:
             recent = self._recent[size] = deque(maxlen=RECENT)
             if drafted and self._seconds:  # one time alone may be that of a compilation or an interruption
@@ -61,12 +64,16 @@ class StepCosts:
         recent.append(seconds)
         if len(recent) > 1 or size not in self._seconds:
             self._seconds[size] = min(recent)
-        if not drafted or len(recent) >= SURE_TIMES:
+        if plausible or len(recent) >= SURE_TIMES:
             self._sure.add(size)
 
     def known(self, tokens: int) -> bool:
         """Whether steps of that size have been measured."""
         return len(self._recent.get(_size(tokens), ())) >= LEAST_TIMES
+
+    def limit(self, base: int) -> int:
+        """The number of tokens that may be added to a step of `base`: a few times what was measured."""
+        return max(FIRST_DRAFT, FIRST_DRAFT * (max(self._sure, default=0) - base))
 
     def ratio(self, base: int, tokens: int, *, hopeful: bool = False) -> float:
         """The time of a step of `tokens`, divided by that of one of `base`; at least `LEAST_SLOPE` for each token more,
@@ -191,7 +198,7 @@ class DraftRule:
             reverse=True,
         )
         count, best, tokens = 0, MARGIN * rows, float(rows)
-        for index, (chance, _, _) in enumerate(order, start=1):
+        for index, (chance, _, _) in enumerate(order[: self.costs.limit(base)], start=1):
             tokens += chance
             cost = self.costs.ratio(base, base + index, hopeful=True)
             if cost - 1 > self.balance:

@@ -60,6 +60,12 @@ class NativeWeights:
             **numbers,
         )
 
+    @property
+    def formats(self) -> set[int]:
+        """The formats of all matrices, of `native.FORMATS`."""
+        layers = [matrix.format for block in self._blocks for matrix in (block.qkv, block.out, block.up, block.down)]
+        return {self.struct.embed.format, self.struct.head.format, *layers}
+
 
 def _layer(model: ModelBase, i: int) -> LayerWeights:
     qkv = _members(model, i, ("q", "k", "v"), ("qkv", "qkv_by_head"))

@@ -189,7 +189,7 @@ class CachedDecoder:
         self.images = {name: inputs[name] for name in IMAGES if name in inputs}
         self.cache, self.form = self._cache(plan, inputs.get("past_key_values"))
         self.attentions = self.hidden_states = None
-        self.chunk = config.prefill_chunk_size
+        self.chunk, self.verifies = config.prefill_chunk_size, plan.rewinds
         self.wanted = {
             "output_attentions": bool(config.return_dict_in_generate and config.output_attentions),
             "output_hidden_states": bool(config.return_dict_in_generate and config.output_hidden_states),
@@ -261,6 +261,9 @@ class CachedDecoder:
     def extend(self, ids_bk: Tensor) -> Tensor:
         """Process k tokens per row; logits after each."""
         count = ids_bk.shape[1]
+        if self.verifies and count > (most := native_decoder.MOST // ids_bk.shape[0]) and self.steps is not None:
+            # The scores of one token after the other, which those of the modules differ from by rounding.
+            return torch.cat([self.extend(part) for part in ids_bk.split(most, dim=1)], dim=1)
         if self.mask is not None:
             self.mask = torch.cat((self.mask, self.mask.new_ones(ids_bk.shape)), dim=1)
         if self.positions is not None:
@@ -286,7 +289,7 @@ class CachedDecoder:
         own = "prepare_inputs_for_generation" in vars(self.model)
         asked = next((f"{name}=True" for name, on in self.wanted.items() if on), None)
         asked = "a prepare_inputs_for_generation of the model's own" if own else asked
-        steps = None if asked else native_decoder.of(self.model, self.cache)
+        steps = None if asked else native_decoder.of(self.model, self.cache, verifies=self.verifies)
         if self.model.device.type not in cuda_graphs.CAPTURE:  # for those, `Runner.decoder` has logged it
             why = asked or (native_decoder.call_obstacle(self.model, self.cache) if steps is None else None)
             report(self.model, why or NATIVE)

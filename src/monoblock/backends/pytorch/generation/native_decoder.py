@@ -7,6 +7,7 @@ adapters.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from monoblock.native.abi import DecodeStep, LayerCache
 
 # Tokens of a step, all rows together; for more, the modules' large matrix products are faster.
 MOST = 16
+# Formats whose products of 8-bit integers are at the highest levels only.
+INTEGERS = {native.FORMATS["int8"], native.FORMATS["int4"]}
 
 
 # ---------------------------------------------------------------------------- obstacles
@@ -45,6 +48,20 @@ def obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None
     return weights_obstacle(model, inventory) or speed_obstacle(model, inventory)
 
 
+@functools.cache
+def _unrounded() -> Any:
+    """The library whose steps never round the inputs of bfloat16 weights.
+
+    At the levels with dot products of bfloat16, those of one token do not, but those of several do
+    (`native/prepare_inputs.hpp`). The level below adds in the same order and rounds neither.
+    """
+    if native.level() in native.DOT_PRODUCTS:
+        found, level, _ = native.choose("avx512")
+        if level == "avx512":
+            return found
+    return native.library()
+
+
 # ---------------------------------------------------------------------------- steps
 
 
@@ -58,8 +75,11 @@ def call_obstacle(model: ModelBase, cache: Cache | None, inventory: Inventory | 
     return obstacle(model, inventory)
 
 
-def of(model: ModelBase, cache: Cache | None) -> Steps | None:
-    """The native steps of one generation with that cache; None if the modules must be used."""
+def of(model: ModelBase, cache: Cache | None, *, verifies: bool = False) -> Steps | None:
+    """The native steps of one generation with that cache; None if the modules must be used.
+
+    `verifies`: several tokens at once have the same scores, to the bit, as one after the other.
+    """
     if cache is None:
         return None
     inventory = Inventory(model)
@@ -68,15 +88,18 @@ def of(model: ModelBase, cache: Cache | None) -> Steps | None:
         return None
     # References to the tensors, so that the memory that the structures point to is not freed.
     tensors = [tensor.detach() for _, _, tensor in inventory.tensors()]
-    return Steps(weights(model, inventory, tensors), tensors, cache)
+    return Steps(weights(model, inventory, tensors), tensors, cache, verifies=verifies)
 
 
 class Steps:
     """The native steps of one generation: weights, cache and scratch memory."""
 
-    def __init__(self, weights: NativeWeights, tensors: list[Tensor], cache: Cache) -> None:
+    def __init__(
+        self, weights: NativeWeights, tensors: list[Tensor], cache: Cache, *, verifies: bool = False
+    ) -> None:
+        """`verifies`: see `of`."""
         self.weights, self.tensors, self.cache = weights, tensors, cache
-        self._run = native.library().mb_step
+        self._run = (_unrounded() if verifies and not weights.formats & INTEGERS else native.library()).mb_step
         self._caches = (LayerCache * weights.layers)()
         # The cache buffers that the structures point to, and their number of rows.
         self._rows, self._bound = 0, list[Tensor]()
