@@ -13,6 +13,7 @@ from monoblock.generation.batches import BLOCK, BatchRunner, EmbeddedImages, Seq
 from monoblock.generation.config import GenerationConfig
 from monoblock.seeds import advance
 from monoblock.serving.engine.blocks import BlockPool
+from monoblock.serving.engine.drafting import Drafting
 from monoblock.serving.engine.options import EngineOptions
 from monoblock.serving.engine.params import SamplingParams
 from monoblock.serving.engine.results import QueueFull
@@ -35,6 +36,8 @@ class EngineStats:
     generated_tokens: int
     preemptions: int
     steps: int
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Engine:
@@ -58,7 +61,8 @@ class Engine:
         self.processor, self.options = processor, options or EngineOptions()
         self.vocab = runner.vocab
         self.pool = BlockPool(runner.blocks)
-        self.scheduler = Scheduler(self.options, self.pool, runner.divides)
+        self.drafting = Drafting(self.options)
+        self.scheduler = Scheduler(self.options, self.pool, runner.divides, self.drafting)
         self.max_model_len = min(model_length(model, self.options.max_model_len), runner.blocks * BLOCK)
         self.generation_config: GenerationConfig = model.generation_config or GenerationConfig()
         self._keys = itertools.count()
@@ -92,7 +96,9 @@ class Engine:
             seed = int.from_bytes(os.urandom(8)) if params.seed is None else advance(params.seed, index)
             sampler = Sampler(self.runner.ops, params, config, ids, self.tokenizer, self.vocab, seed)
             key = next(self._keys)
-            request.sequences.append(EngineSequence(request, key, index, sampler, self.tokenizer, root))
+            sequence = EngineSequence(request, key, index, sampler, self.tokenizer, root)
+            sequence.drafts = self.drafting.of(params) if self.runner.divides else None
+            request.sequences.append(sequence)
         self.scheduler.add(request.sequences)
         self._prompt_tokens += len(ids)
         return request
@@ -174,9 +180,15 @@ class Engine:
 
     def step(self) -> bool:
         """Compute some tokens of the running sequences; whether there was work."""
+        self.drafting.begin()
         planned = self.scheduler.schedule()
         if not planned:
             return False
+        self.drafting.planned(
+            sum(len(chunk.tokens) for _, chunk in planned),
+            sum(bool(chunk.wanted) for _, chunk in planned),
+            [own for sequence, _ in planned if (own := sequence.drafts) is not None],
+        )
         scores = self.runner.run([chunk for _, chunk in planned])
         self._steps += 1
         likeliest = self._likeliest(planned, scores)
@@ -192,6 +204,7 @@ class Engine:
                 self._advance(sequence, chunk, own, best)
             except Exception as error:  # of a processor of this request alone
                 self.fail(request, error)
+        self.drafting.end()
         return True
 
     def _likeliest(self, planned: list[tuple[EngineSequence, SequenceChunk]], scores: Array) -> list[int]:
@@ -212,7 +225,7 @@ class Engine:
         complete = chunk.past + len(chunk.tokens) - len(draft) == len(sequence.tokens)
         if not complete:
             return self.scheduler.computed(sequence, len(chunk.tokens))
-        accepted = 0
+        accepted, mismatch = 0, False
         for at in range(len(draft) + 1):
             row = scores[at : at + 1]
             token = likeliest[at] if sequence.sampler.plain else sequence.sampler.choose(row)
@@ -221,11 +234,15 @@ class Engine:
             )
             sequence.append(token, logprob, self._eos)
             self._generated += 1
-            if sequence.finish is not None or at == len(draft) or token != draft[at]:
+            mismatch = at < len(draft) and token != draft[at]
+            if mismatch or sequence.finish is not None or at == len(draft):
                 break
             accepted += 1
+        if draft and sequence.drafts is not None:
+            self.drafting.verified(sequence.drafts, accepted, mismatch)
         self.scheduler.computed(sequence, known + accepted)
         if sequence.finish is not None:
+            self.drafting.finished(sequence.drafts, request.prompt, sequence.tokens)
             self._drop(sequence)
         return None
 
@@ -269,6 +286,8 @@ class Engine:
             generated_tokens=self._generated,
             preemptions=scheduler.stats.preemptions,
             steps=self._steps,
+            draft_tokens=self.drafting.drafted,
+            accepted_tokens=self.drafting.accepted,
         )
 
 

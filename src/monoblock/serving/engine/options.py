@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from monoblock.generation.drafts import check_method
+from monoblock.generation.suffix_automaton import SEGMENTS
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -13,6 +16,9 @@ class EngineOptions:
     once, and `max_step_tokens` tokens in one step: a longer prompt is computed in chunks. `max_waiting` requests wait
     at most; QueueFull is raised for more. `max_model_len`: prompt and new tokens of a request at most; None: the
     model's context. `prefix_cache`: blocks of finished requests are kept for prompts that begin with the same tokens.
+    `speculation`: drafts of requests that name none: "suffix", "lookup" or "off"; `speculative_tokens`: tokens of such a
+    draft at most. `speculation_cache`: tokens of finished requests in which "suffix" searches for later ones; 0: each
+    request's own tokens only.
     """
 
     cache_memory: int | None = None
@@ -21,8 +27,16 @@ class EngineOptions:
     max_waiting: int = 1024
     max_model_len: int | None = None
     prefix_cache: bool = True
+    speculation: str = "off"
+    speculative_tokens: int | None = None
+    speculation_cache: int = 200_000
 
     def __post_init__(self) -> None:
+        check_method(self.speculation)
+        if self.speculative_tokens is not None and not 1 <= self.speculative_tokens <= 64:
+            raise ValueError(f"speculative_tokens must be from 1 to 64, got {self.speculative_tokens}")
+        if self.speculation_cache and self.speculation_cache < SEGMENTS:
+            raise ValueError(f"speculation_cache must be 0 or at least {SEGMENTS}, got {self.speculation_cache}")
         for name in ("max_sequences", "max_step_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from monoblock.field_types import brief
+from monoblock.generation.drafts import check_method
 from monoblock.seeds import checked_seed
 
 MOST_LOGPROBS = 20  # alternatives of a token, OpenAI's limit
@@ -25,8 +26,10 @@ class SamplingParams:
     prompt's tokens too. `logprobs`: the number of alternatives for each token, 0 for the chosen one alone; they are
     those of the model's own distribution, before any of these parameters. `best_of` sequences are generated and the
     `n` with the largest mean log-probability returned. `stop` strings end the text before their first character
-    (after the last with `include_stop_str_in_output`). `speculative_tokens`: tokens proposed in each step by looking
-    up the last ones earlier in the text; the result is the same as without. `fields`: further fields of
+    (after the last with `include_stop_str_in_output`). `speculation`: how tokens are proposed, several
+    for each step: "suffix" (what followed the last ones earlier in the text or in finished requests), "lookup" (in the
+    text) or "off"; None: the engine's. `speculative_tokens`: how many at most; alone: "lookup" with always so many. The
+    result is the same as without. `fields`: further fields of
     `GenerationConfig`, such as `{"no_repeat_ngram_size": 3}`.
 
     ValueError for a value out of range.
@@ -54,7 +57,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     response_format: Mapping[str, Any] | None = None
     logits_processors: Sequence[Callable[[Any, Any], Any]] = ()
-    speculative_tokens: int = 0
+    speculation: str | None = None
+    speculative_tokens: int | None = None
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
@@ -71,7 +75,8 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)
         _integer("logprobs", self.logprobs, 0, MOST_LOGPROBS, optional=True)
         _integer("prompt_logprobs", self.prompt_logprobs, 0, MOST_LOGPROBS, optional=True)
-        _integer("speculative_tokens", self.speculative_tokens, 0, 64)
+        _integer("speculative_tokens", self.speculative_tokens, 0, 64, optional=True)
+        check_method(self.speculation)
         if self.seed is not None:
             checked_seed(self.seed)
         for name, kind in (("stop", str), ("stop_token_ids", int)):

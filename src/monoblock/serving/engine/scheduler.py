@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from monoblock.generation.batches import BLOCK, SequenceChunk
+from monoblock.generation.drafts import Draft
 from monoblock.serving.engine.blocks import BlockPool, blocks_for
+from monoblock.serving.engine.drafting import Drafting, SequenceDrafts
 from monoblock.serving.engine.options import EngineOptions
 from monoblock.serving.engine.sequence import EngineSequence
 
@@ -31,10 +33,10 @@ class Scheduler:
     computed again later; its tokens stay the same.
     """
 
-    def __init__(self, options: EngineOptions, pool: BlockPool, divides: bool) -> None:
+    def __init__(self, options: EngineOptions, pool: BlockPool, divides: bool, drafting: Drafting) -> None:
         """`divides`: see `BatchRunner`. Without it prompts are not divided, blocks are not shared, and a sequence is
         admitted when all its tokens have room, so that it is never computed again."""
-        self.options, self.pool, self.divides = options, pool, divides
+        self.options, self.pool, self.divides, self.drafting = options, pool, divides, drafting
         self.waiting: deque[EngineSequence] = deque()
         self.running: list[EngineSequence] = []
         self.stats = SchedulerStats()
@@ -55,12 +57,13 @@ class Scheduler:
             count = min(missing, budget) if self.divides and not decodes else missing
             if not count:
                 continue
-            draft = tuple(sequence.draft(budget - 1)) if decodes and self.divides else ()
-            if not self._grow(sequence, sequence.computed + count + len(draft)):
+            if not self._grow(sequence, sequence.computed + count):
                 continue
-            planned.append((sequence, self._chunk(sequence, count, draft)))
-            budget = max(0, budget - count - len(draft))
+            planned.append((sequence, self._chunk(sequence, count, ())))
+            budget = max(0, budget - count)
         planned = [entry for entry in planned if entry[0] in self.running]
+        if self.divides:
+            planned, budget = self._with_drafts(planned, budget)
         while budget > 0 and len(self.running) < self.options.max_sequences:
             sequence = next((waits for waits in self.waiting if not self._follows_a_prompt(waits)), None)
             if sequence is None or not self._admit(sequence):
@@ -72,6 +75,35 @@ class Scheduler:
             planned.append((sequence, self._chunk(sequence, count, ())))
             budget = max(0, budget - count)
         return planned
+
+    def _with_drafts(
+        self, planned: list[tuple[EngineSequence, SequenceChunk]], budget: int
+    ) -> tuple[list[tuple[EngineSequence, SequenceChunk]], int]:
+        """The same chunks, with the drafts of sequences whose prompts are complete, and the rest of the budget."""
+        found: list[tuple[SequenceDrafts, Draft]] = []
+        for sequence, chunk in planned:
+            if (own := sequence.drafts) is None:
+                continue
+            own.draft = Draft()
+            if sequence.computed + 1 == len(sequence.tokens):
+                found.append((own, own.propose(sequence.tokens, min(budget, sequence.left - 1))))
+            else:
+                own.feed(sequence.tokens[: chunk.past + len(chunk.tokens)])
+        if not found:
+            return planned, budget
+        base = sum(len(chunk.tokens) for _, chunk in planned)
+        self.drafting.choose(found, base, max(1, sum(bool(chunk.wanted) for _, chunk in planned)), budget)
+        made: list[tuple[EngineSequence, SequenceChunk]] = []
+        for sequence, chunk in planned:
+            own = sequence.drafts
+            if own is not None and own.draft.tokens:
+                if self._reserve(sequence, sequence.computed + 1 + len(own.draft.tokens)):
+                    chunk = self._chunk(sequence, 1, tuple(own.draft.tokens))
+                    budget -= len(own.draft.tokens)
+                else:
+                    own.draft = Draft()
+            made.append((sequence, chunk))
+        return made, budget
 
     def _chunk(self, sequence: EngineSequence, count: int, draft: tuple[int, ...]) -> SequenceChunk:
         start = sequence.computed
@@ -125,6 +157,12 @@ class Scheduler:
 
     def _may_share(self, sequence: EngineSequence) -> bool:
         return self.divides and (sequence.request.params.prompt_logprobs is None or sequence.index > 0)
+
+    def _reserve(self, sequence: EngineSequence, tokens: int) -> bool:
+        """Give a running sequence blocks for so many tokens, if there are free ones."""
+        new = self.pool.allocate(max(0, blocks_for(tokens) - len(sequence.table)))
+        sequence.table += new or []
+        return new is not None
 
     def _grow(self, sequence: EngineSequence, tokens: int) -> bool:
         """Give a running sequence blocks for so many tokens; preempts younger ones, at last itself."""

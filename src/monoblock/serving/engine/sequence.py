@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from monoblock.generation.batches import BLOCK, EmbeddedImages
 from monoblock.serving.engine.blocks import block_digest
+from monoblock.serving.engine.drafting import SequenceDrafts
 from monoblock.serving.engine.params import SamplingParams
 from monoblock.serving.engine.results import Delta, FinishReason, TokenLogprob, Usage
 from monoblock.serving.engine.sampler import Sampler
@@ -14,7 +15,6 @@ from monoblock.serving.engine.text import StopText, TextAssembler
 
 Sink = Callable[[Delta], None]
 CONTEXT = 8  # tokens of the prompt that new tokens are decoded with
-LONGEST_MATCH = 3  # tokens that a lookup compares
 
 
 class EngineRequest:
@@ -59,8 +59,7 @@ class EngineSequence:
         self._stops = StopText(params.stop, params.include_stop_str_in_output)
         self._unsent: list[int] = []
         self._unsent_logprobs: list[TokenLogprob] = []
-        self._lookup: dict[tuple[int, ...], int] = {}
-        self._looked_up = 0
+        self.drafts: SequenceDrafts | None = None
 
     @property
     def generated(self) -> int:
@@ -135,22 +134,3 @@ class EngineSequence:
         )
         self._unsent, self._unsent_logprobs = [], []
         self.request.sink(delta)
-
-    # ------------------------------------------------------------------ drafts
-
-    def draft(self, room: int) -> Sequence[int]:
-        """At most `room` tokens that followed the last ones when they occurred before."""
-        room = min(room, self.request.params.speculative_tokens, self.left - 1)
-        if room < 1:
-            return ()
-        tokens = self.tokens
-        for end in range(self._looked_up, len(tokens)):  # what follows the tokens before `end` is at `end`
-            for size in range(1, LONGEST_MATCH + 1):
-                if end >= size:
-                    self._lookup[tuple(tokens[end - size : end])] = end
-        self._looked_up = len(tokens)
-        for size in range(LONGEST_MATCH, 0, -1):
-            if (at := self._lookup.get(tuple(tokens[-size:]))) is not None:
-                period = tokens[at:]  # a text that repeats itself is expected to go on
-                return [period[i % len(period)] for i in range(room)]
-        return ()
