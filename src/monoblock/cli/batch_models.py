@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from monoblock.cli.options import DownloadOptions, Dtype, Quantize
+from monoblock.cli.options import DownloadOptions, Dtype, Quantize, Speculation, SpeculationOption
 from monoblock.texts import read_text
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class BatchModelOptions:
         ),
     ] = None
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences that are computed at once.")] = 64
+    speculation: SpeculationOption = Speculation.OFF
     allow_files: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Read images of file: URLs below this folder.")
     ] = None
@@ -93,6 +94,7 @@ def settings(models: BatchModelOptions, hub: DownloadOptions) -> ServerSettings:
             max_model_len=models.max_model_len,
             max_sequences=models.max_sequences,
             max_waiting=FOREVER,
+            speculation=models.speculation.value,
         ),
         loading={
             "dtype": models.dtype.value,

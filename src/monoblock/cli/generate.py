@@ -11,7 +11,14 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import DownloadOptions, FrameworkModelOptions, FrameworkName, SamplingOptions
+from monoblock.cli.options import (
+    DownloadOptions,
+    FrameworkModelOptions,
+    FrameworkName,
+    SamplingOptions,
+    Speculation,
+    SpeculationOption,
+)
 from monoblock.texts import read_text
 
 app = sub_app()
@@ -31,6 +38,7 @@ def generate(
     source: FrameworkModelOptions,
     hub: DownloadOptions,
     sampling: SamplingOptions,
+    speculation: SpeculationOption = Speculation.OFF,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or at the end.")
     ] = True,
@@ -53,6 +61,13 @@ def generate(
     """
     text = read_prompt(prompt, file)
     options = sampling.kwargs()
+    if speculation is not Speculation.OFF:
+        if tensor_parallel > 1:
+            raise typer.BadParameter(
+                "the processes would draft different numbers of tokens: drop it or --tensor-parallel",
+                param_hint="--speculation",
+            )
+        options["speculation"] = speculation.value
     from monoblock.cli import engine
 
     with contextlib.ExitStack() as stack:

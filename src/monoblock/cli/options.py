@@ -30,6 +30,23 @@ class Quantize(StrEnum):
     LOSSLESS = "lossless"
 
 
+class Speculation(StrEnum):
+    """Sources of draft tokens."""
+
+    SUFFIX = "suffix"
+    LOOKUP = "lookup"
+    OFF = "off"
+
+
+SpeculationOption = Annotated[
+    Speculation,
+    typer.Option(
+        help="Propose tokens that followed the last ones before, and verify several in a step: by the longest match "
+        "(suffix), or the last 3 tokens (lookup). The output is the same."
+    ),
+]
+
+
 class FrameworkName(StrEnum):
     """Frameworks."""
 

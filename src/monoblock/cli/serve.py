@@ -10,7 +10,7 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import DownloadOptions, Dtype, Quantize
+from monoblock.cli.options import DownloadOptions, Dtype, Quantize, Speculation, SpeculationOption
 from monoblock.texts import read_text
 
 if TYPE_CHECKING:
@@ -100,6 +100,15 @@ def serve(
     prefix_cache: Annotated[
         bool, typer.Option(help="Keep the cache of earlier prompts for later ones.")
     ] = True,
+    speculation: SpeculationOption = Speculation.OFF,
+    speculation_cache: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="TOKENS",
+            help="Tokens of finished requests that suffix searches; 0: none of them; default: 200000.",
+        ),
+    ] = None,
     max_body: Annotated[int, typer.Option(min=1, metavar="MB", help="Size of a request.")] = 16,
     max_image_pixels: Annotated[
         int, typer.Option(min=1, metavar="MILLIONS", help="Pixels of an image.")
@@ -155,6 +164,8 @@ def serve(
             max_sequences=max_sequences,
             max_waiting=max_waiting,
             prefix_cache=prefix_cache,
+            speculation=speculation.value,
+            **({} if speculation_cache is None else {"speculation_cache": speculation_cache}),
         ),
         loading={
             "dtype": dtype.value,

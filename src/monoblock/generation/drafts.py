@@ -98,7 +98,7 @@ class SuffixDrafts:
         start = max(self.read, len(ids) - MOST_TOKENS)
         if self.own.tokens + min(most, len(ids) - start) > MOST_TOKENS:
             self.own = SuffixAutomaton()  # begins again with the last half
-            start = max(0, start - MOST_TOKENS // 2)
+            start = min(start, max(0, len(ids) - MOST_TOKENS // 2))
         end = min(len(ids), start + most)
         append = self.own.append
         for token in ids[start:end]:

@@ -35,6 +35,24 @@ TASKS = ("generate", "embed", "classify")
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
+SPECULATIVE = {"suffix": "suffix", "ngram": "lookup"}  # vLLM's methods that need no model -> ours
+
+
+def _speculation(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The engine's options of a `speculative_config`. ValueError: an unknown key or method."""
+    if config is None:
+        return {}
+    known = ("method", "num_speculative_tokens")
+    if unknown := [key for key in config if key not in known]:
+        raise ValueError(f"speculative_config has the key {unknown[0]!r}: expected {' and '.join(known)}")
+    if (method := config.get("method")) not in SPECULATIVE:
+        raise ValueError(
+            f"speculative_config['method']={brief(method)}: expected one of {', '.join(SPECULATIVE)}; other methods need "
+            "a draft model"
+        )
+    return {"speculation": SPECULATIVE[method], "speculative_tokens": config.get("num_speculative_tokens")}
+
+
 class LLM:
     """A model for many prompts at once, with vLLM's interface.
 
@@ -60,6 +78,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 256,
         enable_prefix_caching: bool = True,
+        speculative_config: Mapping[str, Any] | None = None,
         **hub: Any,
     ) -> None:
         """
@@ -76,6 +95,8 @@ class LLM:
             max_num_seqs: sequences that are computed at once.
             max_num_batched_tokens: tokens of one step; a longer prompt is computed in chunks.
             enable_prefix_caching: prompts that begin with the same tokens share their cache.
+            speculative_config: drafts without a model, such as `{"method": "suffix", "num_speculative_tokens": 24}`;
+                the methods are "suffix" and "ngram" (prompt lookup).
             hub: the download options `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
                 `subfolder`.
         """
@@ -96,6 +117,7 @@ class LLM:
             max_step_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             prefix_cache=enable_prefix_caching,
+            **_speculation(speculative_config),
         )
         self._numbers = itertools.count()
         self._lock = threading.Lock()

@@ -8,6 +8,9 @@ from monoblock.generation.drafts import check_method
 from monoblock.generation.suffix_automaton import SEGMENTS
 
 
+SPECULATION_CACHE = 200_000  # tokens, some 40 MB
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Limits of an engine.
@@ -29,7 +32,7 @@ class EngineOptions:
     prefix_cache: bool = True
     speculation: str = "off"
     speculative_tokens: int | None = None
-    speculation_cache: int = 200_000
+    speculation_cache: int = SPECULATION_CACHE
 
     def __post_init__(self) -> None:
         check_method(self.speculation)

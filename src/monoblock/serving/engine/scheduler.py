@@ -148,6 +148,8 @@ class Scheduler:
         sequence.table = found + new
         sequence.computed = len(found) * BLOCK
         sequence.registered = len(found)
+        if sequence.drafts is not None:
+            sequence.drafts.draft = Draft()
         if not sequence.generated:
             self.stats.queried += len(sequence.request.prompt)
             self.stats.hits += sequence.computed

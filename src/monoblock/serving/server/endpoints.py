@@ -97,8 +97,13 @@ MORE_SAMPLING = (
     honoured(
         "speculative_tokens",
         Annotated[int, Field(ge=0, le=64)],
-        "tokens proposed per step by looking up the last ones earlier in the text; the result is the same",
-        0,
+        "tokens proposed per step at most; alone: always so many, by `lookup`; the result is the same",
+    ),
+    honoured(
+        "speculation",
+        Literal["suffix", "lookup", "off"],
+        "propose what followed the last tokens earlier, also in other requests (`suffix`), or in this text "
+        "(`lookup`); default: the server's; the result is the same",
     ),
     honoured(
         "prompt_logprobs",
@@ -218,7 +223,7 @@ CHAT = Endpoint(
         refused("function_call", "use `tool_choice`", "auto"),
         refused("audio", "the models write text", {"voice": "alloy", "format": "wav"}),
         refused("modalities", "the models write text", ["text", "audio"], ["text"]),
-        refused("prediction", "use `speculative_tokens`", {"type": "content", "content": "x"}),
+        refused("prediction", "use `speculation`", {"type": "content", "content": "x"}),
         refused("reasoning_effort", "the models do not reason apart from their text", "high", "none"),
         refused("verbosity", "ask for it in a message", "high", "medium"),
         refused("web_search_options", "the server fetches nothing for a model", {}),

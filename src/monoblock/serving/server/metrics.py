@@ -36,6 +36,8 @@ class EngineCollector(Collector):
         ("prefix_hit_tokens", "prefix_cache_hits", "Prompt tokens that the prefix cache had"),
         ("preemptions", "preemptions", "Sequences that were stopped for lack of cache, and computed again"),
         ("steps", "engine_steps", "Steps of the engine"),
+        ("draft_tokens", "draft_tokens", "Draft tokens that were verified"),
+        ("accepted_tokens", "accepted_tokens", "Draft tokens that were accepted"),
     )
 
     def __init__(self, models: ModelRegistry) -> None:

@@ -26,6 +26,7 @@ SAME = (
     "skip_special_tokens",
     "prompt_logprobs",
     "speculative_tokens",
+    "speculation",
 )
 
 
