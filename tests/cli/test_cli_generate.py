@@ -63,7 +63,7 @@ def test_options_are_passed_to_generate(tmp_path: Path) -> None:
     )
     assert run("abc", *options.split(), env={"FAKE_LOG": str(log)}).stdout == "re: \n"
     run("abc", env={"FAKE_LOG": str(log)})
-    run("abc", "--temperature", "0", env={"FAKE_LOG": str(log)})
+    run("abc", "--temperature", "0", "--speculation", "suffix", env={"FAKE_LOG": str(log)})
     full, default, greedy = map(json.loads, log.read_text().splitlines())
     assert full == {
         "prompt": "abc",
@@ -78,7 +78,13 @@ def test_options_are_passed_to_generate(tmp_path: Path) -> None:
         "stop_strings": ["x", "yy"],
     }
     assert default == {"prompt": "abc", "max_new_tokens": 128}
-    assert greedy == {"prompt": "abc", "max_new_tokens": 128, "do_sample": False}
+    assert greedy == {"prompt": "abc", "max_new_tokens": 128, "do_sample": False, "speculation": "suffix"}
+
+
+def test_drafts_cannot_be_combined_with_shards() -> None:
+    result = run("abc", "--speculation", "suffix", "--tensor-parallel", "2")
+    assert result.returncode == 2
+    assert "drop it or --tensor-parallel" in " ".join(result.stderr.replace("│", "").split())
 
 
 def test_a_missing_model_exits_with_1() -> None:

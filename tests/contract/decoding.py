@@ -22,6 +22,7 @@ VARIED = {**OPTIONS, "no_repeat_ngram_size": 2}
 EAGER: dict[str, Any] = {"disable_compile": True}
 GUESSES: dict[str, dict[str, Any]] = {
     "lookup": {"prompt_lookup_num_tokens": 5},
+    "suffix": {"speculation": "suffix"},
     "lookup without a cache": {"prompt_lookup_num_tokens": 5, "use_cache": False},
     "assistant": {"num_assistant_tokens": 3},
 }

@@ -9,7 +9,8 @@ from fakes import TableModel, counting, one_hot
 
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation import GenerationConfig
-from monoblock.generation.speculative import LONGEST_DRAFT, Assistant, PromptLookup
+from monoblock.generation.drafts import PromptLookup
+from monoblock.generation.speculative import LONGEST_DRAFT, Assistant
 
 VOCAB = 7
 RNG = np.random.default_rng(4)
@@ -28,6 +29,8 @@ def blurred(seed, noise):
 SOURCES = {
     "lookup": lambda: {"prompt_lookup_num_tokens": 4},
     "lookup-long": lambda: {"prompt_lookup_num_tokens": 9, "max_matching_ngram_size": 3},
+    "suffix": lambda: {"speculation": "suffix"},
+    "ruled lookup": lambda: {"speculation": "lookup"},
     "same": lambda: {"assistant_model": order_two(TABLE), "assistant_confidence_threshold": 0.0},
     "near": lambda: {"assistant_model": blurred(1, 0.5), "num_assistant_tokens": 5},
     "far": lambda: {
@@ -121,11 +124,21 @@ def test_the_chi_square_test_detects_a_wrong_distribution():
     assert statistic > cells - 1 + 4 * np.sqrt(2 * (cells - 1))
 
 
-def test_prompt_lookup_samples_the_same_tokens_with_a_seed():
-    options = {"max_new_tokens": 30, "do_sample": True, "seed": 3, "top_k": 3}
+@pytest.mark.parametrize("source", ["lookup", "suffix", "ruled lookup"])
+def test_drafts_without_a_model_sample_the_same_tokens_with_a_seed(source):
+    options = {"max_new_tokens": 60, "do_sample": True, "seed": 3, "top_k": 3}
     plain = order_two(TABLE).generate([[1, 2]], **options)
-    drafted = order_two(TABLE).generate([[1, 2]], prompt_lookup_num_tokens=5, **options)
+    drafted = order_two(TABLE).generate([[1, 2]], **SOURCES[source](), **options)
     assert plain.tolist() == drafted.tolist()
+
+
+def test_speculation_can_be_switched_off_where_the_models_file_has_it_on():
+    model = counting()
+    model.generation_config = GenerationConfig(prompt_lookup_num_tokens=4)
+    model.generate([[1, 2, 3]], max_new_tokens=5)
+    assert model.plan.rewinds
+    model.generate([[1, 2, 3]], max_new_tokens=5, speculation="off")
+    assert not model.plan.rewinds
 
 
 def test_prompt_lookup_needs_fewer_forward_passes():
@@ -239,6 +252,11 @@ def test_prompt_lookup_takes_the_longest_then_latest_match_and_wraps_around():
             "needs one prompt and one sequence, got 2 rows",
         ),
         ({"inputs": [[1]], "prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens=0"),
+        ({"inputs": [[1]], "speculation": "tree"}, "speculation='tree': expected 'suffix', 'lookup' or 'off'"),
+        ({"inputs": [[1]], "speculation": True}, "speculation=True: expected"),
+        ({"inputs": [[1]], "speculation": "suffix", "prompt_lookup_num_tokens": 3}, "pass one of them"),
+        ({"inputs": [[1], [2]], "speculation": "suffix"}, "needs one prompt"),
+        ({"inputs": [[1]], "speculation": "suffix", "num_beams": 2}, "cannot be combined"),
         ({"inputs": [[1]], "assistant_model": counting(50)}, "vocabulary of 100 tokens, and has 50"),
         (
             {"inputs": [[1]], "assistant_model": counting(), "prompt_lookup_num_tokens": 3},

@@ -21,6 +21,8 @@ from tiny_lora import adapt
 import monoblock
 from monoblock import native
 from monoblock.generation.batches import BLOCK
+from monoblock.generation.draft_rule import DraftRule
+from monoblock.generation.drafts import METHODS
 from monoblock.serving.engine.engine import Engine
 from monoblock.serving.engine.loading import make_engine
 from monoblock.serving.engine.options import EngineOptions
@@ -100,14 +102,22 @@ def together(
         ("bfloat16", {"max_step_tokens": 48}),
         ("float32", {"prefix_cache": False, "max_sequences": 7}),
         ("bfloat16", {"blocks": 6}),
+        ("float32", {"speculation": "suffix"}),
+        ("bfloat16", {"speculation": "suffix", "speculation_cache": 600, "blocks": 6}),
     ],
-    ids=["float32", "bfloat16", "without prefix cache", "preemption"],
+    ids=["float32", "bfloat16", "without prefix cache", "preemption", "drafts", "drafts and preemption"],
 )
-def test_every_answer_is_that_of_the_request_alone(name: str, dtype: str, options: dict[str, Any]) -> None:
-    """To the token, for random arrivals, all families, and a cache that is too small for all."""
+def test_every_answer_is_that_of_the_request_alone(
+    name: str, dtype: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the token, for random arrivals, all families, a cache that is too small for all, and drafts of any length."""
     if native.library() is None and dtype == "bfloat16":
         pytest.skip("without native kernels bfloat16 depends on how a prompt is divided")
     seed = sum(map(ord, name))
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(
+        DraftRule, "lengths", lambda _, drafts, *__: [int(rng.integers(0, len(d.tokens) + 1)) for d in drafts]
+    )
     requests = requests_of(seed, REQUESTS, 100 if "blocks" in options else 40)
     core = engine(name, dtype, **options)
     answers = together(core, requests, seed)
@@ -122,6 +132,10 @@ def test_every_answer_is_that_of_the_request_alone(name: str, dtype: str, option
         assert bool(stats.preemptions) == ("blocks" in options)
         if "prefix_cache" not in options:
             assert stats.prefix_hit_tokens > 0
+        if "speculation" in options:
+            assert 0 < stats.accepted_tokens < stats.draft_tokens
+            assert core.drafting.index is not None
+            assert 0 < core.drafting.index.tokens <= core.options.speculation_cache
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -303,6 +317,47 @@ def test_drafts_save_steps() -> None:
     assert drafted.result[0][0] == [9] * 60
     if native.library() is not None:
         assert core.stats().steps - plain < plain / 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_with_and_without_drafts(method: str) -> None:
+    """The rule over the rows of a step: fewer steps for what repeats itself, the same tokens for all."""
+    if native.library() is None:
+        pytest.skip("without native kernels there are no drafts")
+    core = engine("MptForCausalLM")
+    bias = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, logit_bias={9: 100.0})
+    sampled = SamplingParams(temperature=1.0, max_tokens=150, ignore_eos=True, seed=4)
+    expected = [run(engine("MptForCausalLM"), [3, 4], params).result for params in (bias, sampled)]
+    rows = [bias, sampled, bias.replaced(speculation=method), sampled.replaced(speculation=method)]
+    answers = [Answer(params) for params in rows]
+    requests = [core.add([3, 4], params, sink=answer) for params, answer in zip(rows, answers, strict=True)]
+    steps = 0
+    while not requests[2].done:
+        core.step()
+        steps += 1
+    assert steps < 100
+    while core.step():
+        pass
+    assert [answer.result for answer in answers] == expected * 2
+    assert core.stats().accepted_tokens > 50
+
+
+def test_earlier_requests_give_drafts() -> None:
+    """The same request again: its tokens are in the index, not in its prompt. Without an index they are not."""
+    if native.library() is None:
+        pytest.skip("without native kernels there are no drafts")
+    params = SamplingParams(temperature=1.0, max_tokens=120, ignore_eos=True, seed=4, speculation="suffix")
+    prompt = prompt_of(np.random.default_rng(5), 30)
+    accepted = []
+    for size in (10_000, 0):
+        core = engine("MistralForCausalLM", speculation_cache=size)
+        first = run(core, prompt, params).result
+        before = core.stats().accepted_tokens
+        again = run(core, prompt, params).result
+        assert first == again
+        accepted.append(core.stats().accepted_tokens - before)
+    assert accepted[0] > 60
+    assert accepted[1] < 30
 
 
 # ---------------------------------------------------------------------------- limits and errors

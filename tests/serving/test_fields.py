@@ -275,6 +275,18 @@ def _(call: Caller) -> None:
     assert steps() - middle < middle - before
 
 
+@for_paths(*GENERATING, name="speculation")
+def _(call: Caller) -> None:
+    same: dict[str, Any] = {"logit_bias": {"100": BIAS}, "repetition_penalty": 1, "max_tokens": 60}
+    slow = call.ids(**same)
+    engine = call.server.app.state.registry.entries["demo"].loaded.engine
+    for method in ("suffix", "lookup"):
+        before = engine.core.stats().accepted_tokens
+        assert call.ids(**same, speculation=method) == slow
+        assert not engine.core.runner.divides or engine.core.stats().accepted_tokens > before
+    assert call.error(speculation="tree")["param"] == "speculation"
+
+
 @for_paths(*GENERATING, name="n")
 def _(call: Caller) -> None:
     answer = call(n=3, temperature=1.5, top_p=1, seed=5)

@@ -93,6 +93,7 @@ VALID: dict[str, list[Any]] = {
     "include_stop_str_in_output": [True],
     "skip_special_tokens": [False],
     "speculative_tokens": [0, 4, 64],
+    "speculation": ["suffix", "lookup", "off"],
     "truncate_prompt_tokens": [1, 3, 1000],
     "add_special_tokens": [True, False],
     "return_token_ids": [True],

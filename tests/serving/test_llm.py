@@ -273,6 +273,19 @@ def test_a_loaded_model_is_taken(llm: LLM, tools: LLM) -> None:
         LLM(model, tokenizer=tokenizer, quantization="int8")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"method": "eagle"}, "expected one of suffix, ngram"),
+        ({"method": "suffix", "model": "x"}, "has the key 'model'"),
+        ({"method": "suffix", "num_speculative_tokens": 0}, "speculative_tokens must be from 1 to 64"),
+    ],
+)
+def test_wrong_speculative_configs(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM(speculative_config=config)
+
+
 def test_options_reach_the_engine() -> None:
     llm = LLM(device="cpu", quantization="int8", max_model_len=100, cache_memory=4 << 20, max_num_seqs=3,
               max_num_batched_tokens=32, enable_prefix_caching=False)  # fmt: skip
@@ -281,7 +294,10 @@ def test_options_reach_the_engine() -> None:
     assert (options.cache_memory, llm._engine.max_model_len) == (4 << 20, 100)
     with pytest.raises(ValueError, match="at most 100 fit"):
         llm.generate("x " * 200, GREEDY)
-    plain = LLM(device="cpu", cache_memory="4MB")
+    plain = LLM(
+        device="cpu", cache_memory="4MB", speculative_config={"method": "ngram", "num_speculative_tokens": 5}
+    )
+    assert (plain._engine.drafting.method, plain._engine.drafting.count) == ("lookup", 5)
     params = SamplingParams(temperature=0, max_tokens=2, logprobs=1)
     values = [one.generate("import", params)[0].outputs[0].cumulative_logprob for one in (llm, plain)]
     assert values[0] != values[1], "the weights are quantised"

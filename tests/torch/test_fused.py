@@ -281,6 +281,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "static": {"cache_implementation": "static"},
     "sampled": {"do_sample": True, "top_k": 20, "num_return_sequences": 3, "seed": 5},
     "lookup": {"prompt_lookup_num_tokens": 5},
+    "suffix": {"speculation": "suffix"},
     "guided": {"guidance_scale": 1.5},
     "scores": {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
 }
@@ -290,10 +291,10 @@ CALLS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", [MPT, "MistralForCausalLM"])
 def test_generation_strategies(call: str, name: str, taken: Any, by_modules: Any) -> None:
     module = family(name)
-    ids = batch("none", (23,))[0].repeat(1, 1 + (call == "lookup"))
+    ids = batch("none", (23,))[0].repeat(1, 1 + (call in ("lookup", "suffix")))
 
     def run() -> Any:
-        return module.generate(ids, **{**(OPTIONS if call == "lookup" else VARIED), **CALLS[call]})
+        return module.generate(ids, **{**(OPTIONS if call in ("lookup", "suffix") else VARIED), **CALLS[call]})
 
     ours, plain = run(), by_modules(run)
     assert taken

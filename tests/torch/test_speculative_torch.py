@@ -6,10 +6,14 @@ import torch
 from helpers import model as mpt_model
 from tiny_families import CLASSES, GENERATING, fields, monoblock_model
 
-from monoblock import AutoTokenizer, MptForCausalLM, TextStreamer, demo
+from monoblock import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MptForCausalLM, TextStreamer, demo, native
+from monoblock.backends.pytorch.generation import decoder as decoding
+from monoblock.generation import loop
+from monoblock.generation.draft_rule import DraftRule
 
 NAMES = ("MptForCausalLM", *GENERATING)
 LOOKUP = {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 3}
+SUFFIX = {"speculation": "suffix"}
 # Random models are rarely sure of anything: without a threshold of 0 every draft would be of one token.
 DRAFTED = {"num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}
 
@@ -35,13 +39,14 @@ def prompts(vocab, count=6):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_greedy_tokens_are_those_of_plain_decoding(name):
+def test_greedy_tokens_are_those_of_plain_decoding(name, monkeypatch):
+    monkeypatch.setattr(DraftRule, "lengths", lambda _, drafts, *__: [len(d.tokens) for d in drafts])
     model, helper = pair(name)
     windowed = any(window is not None for window in model.spec.windows)
     options = {"max_new_tokens": 30, "eos_token_id": None, "pad_token_id": 3, "do_sample": False}
     for ids in prompts(model.spec.vocab):
         plain = model.generate(ids, **options).tolist()
-        for more in (LOOKUP, {"assistant_model": helper, **DRAFTED}, {**LOOKUP, "use_cache": False}):
+        for more in (LOOKUP, SUFFIX, {"assistant_model": helper, **DRAFTED}, {**LOOKUP, "use_cache": False}):
             assert model.generate(ids, **options, **more).tolist() == plain, (windowed, more)
 
 
@@ -104,6 +109,8 @@ def test_demo_model(demo_model, prompt):
     options = {"max_new_tokens": 60, "do_sample": False}
     plain = model.generate(ids, **options).tolist()
     assert model.generate(ids, **options, prompt_lookup_num_tokens=10).tolist() == plain
+    for method in ("suffix", "lookup"):
+        assert model.generate(ids, **options, speculation=method).tolist() == plain
     assert model.generate(ids, **options, assistant_model=model).tolist() == plain
 
 
@@ -166,3 +173,29 @@ def test_long_rejected_drafts_with_windowed_caches():
     assert model.generate(ids, **options, prompt_lookup_num_tokens=100).tolist() == plain
     drafted = {"assistant_model": helper, **DRAFTED, "num_assistant_tokens": 100}
     assert model.generate(ids, **options, **drafted).tolist() == plain
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "lossless"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verified_tokens_have_the_bits_of_single_steps(dtype, quantization):
+    """With every format of weights; more tokens than a native step takes, too."""
+    if native.library() is None or (dtype, quantization) == ("float32", "lossless"):
+        pytest.skip("the native step does not run")
+    more = {} if quantization is None else {"quantization_config": quantization}
+    model = AutoModelForCausalLM.from_pretrained(demo.path(), dtype=dtype, **more)
+    ids = torch.tensor([[token % 97 + 20 for token in range(70)]])
+    with torch.inference_mode():
+        scores = []
+        for counts in ([1] * 40, [2, 3, 16, 19], [40]):
+            plan = loop.GenerationPlan(
+                config=GenerationConfig(use_cache=True), prompt_length=30, new_tokens=41, batch=1, copies=1, rewinds=True
+            )
+            decoder = decoding.Runner(model).decoder(plan, {})
+            decoder.prefill(ids[:, :30], None)
+            if counts == [1] * 40:  # as without drafts
+                decoder.verifies = False
+            parts = ids[:, 30:].split(counts, dim=1)
+            scores.append(torch.cat([decoder.extend(part) for part in parts], dim=1))
+            assert decoder.steps is not None
+    assert torch.equal(scores[0], scores[1])
+    assert torch.equal(scores[0], scores[2])

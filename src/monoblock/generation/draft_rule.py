@@ -24,6 +24,7 @@ SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 1
 RECENT = 8  # times of a size of which the least is used
 SURE_TIMES = 3  # of a size with drafts, until a time is believed that is more than `PLAUSIBLE` times the expected one
 PLAUSIBLE = 1.5
+FORGETTING = 256  # steps after which a size that did not occur is measured anew
 LEAST_TIMES = 2  # of a size, before drafts are added to it
 MOST_SURPRISE = 2.0  # the first time of a size counts at most so many times the expected one
 PRIOR_SLOPE = 0.06  # time of one more token, of that of a step of one, before it is measured
@@ -51,10 +52,15 @@ class StepCosts:
         self._recent: dict[int, deque[float]] = {}
         self._seconds: dict[int, float] = {}
         self._sure: set[int] = set()  # sizes that were measured often enough
+        self._latest: dict[int, int] = {}  # the number of the last step of a size
+        self._steps = 0
 
     def seen(self, tokens: int, seconds: float, *, drafted: bool = False) -> None:
         """A step took so long."""
         size = _size(tokens)
+        self._latest[size] = self._steps = self._steps + 1
+        if self._steps % FORGETTING == 0:
+            self._forget()
         recent = self._recent.get(size)
         plausible = not drafted or (size not in self._sure and seconds <= PLAUSIBLE * self._time(tokens, self._sure))
         if recent is None:
@@ -66,6 +72,12 @@ class StepCosts:
             self._seconds[size] = min(recent)
         if plausible or len(recent) >= SURE_TIMES:
             self._sure.add(size)
+
+    def _forget(self) -> None:
+        """Drop sizes without recent steps: since then the sequences, or the machine's load, may have changed."""
+        for size in [size for size, step in self._latest.items() if self._steps - step > FORGETTING]:
+            del self._latest[size], self._recent[size], self._seconds[size]
+            self._sure.discard(size)
 
     def known(self, tokens: int) -> bool:
         """Whether steps of that size have been measured."""
