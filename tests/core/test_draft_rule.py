@@ -1,17 +1,18 @@
 """The rule that decides how many draft tokens are verified, with a clock and a cost model of the tests' own."""
 
+import itertools
 import random
 
 import pytest
 from fakes import TableModel, one_hot
 
 from monoblock.generation import draft_rule
-from monoblock.generation.draft_rule import FORGETTING, LONGEST_WAIT, Acceptance, DraftRule, StepCosts
-from monoblock.generation.drafts import METHODS, Draft
+from monoblock.generation.draft_rule import FORGETTING, LONGEST_WAIT, Acceptance, Draft, DraftRule, StepCosts
+from monoblock.generation.drafts import METHODS
 
 VOCAB, PROMPT = 514, 20
-# Time of a step of n tokens, of that of one: bound by memory, by memory up to 8 tokens, mixed, by arithmetic (drafts are
-# useless).
+# Time of a step of n tokens, of that of one: bound by memory, by memory up to 8 tokens, mixed, by arithmetic (no draft
+# saves time).
 COSTS = {
     "memory": lambda n: 1 + 0.02 * (n - 1),
     "eight": lambda n: 1 + 0.1 * max(0, n - 8),
@@ -33,7 +34,7 @@ def texts():
         "random, few tokens": ([1 + token % 20 for token in rare], PROMPT),
         "frequent words": (rng.choices(range(1, 301), [1 / i for i in range(1, 301)], k=600), PROMPT),
         "trap": (trap, PROMPT),  # a known pair of tokens, then others than the time before
-        "edit": (base + [513] + edited, 301),
+        "edit": ([*base, 513, *edited], 301),
         "periodic": ([1, 2, 3, 4, 5, 6, 7] * 80, PROMPT),
     }
 
@@ -87,9 +88,7 @@ def test_never_slower_than_plain_decoding_by_more_than_3_percent(method, cost, m
 def test_times_with_interruptions_do_not_switch_drafts_off(method, monkeypatch):
     """Half of all steps take 3 to 15 times as long, as on a machine with other work."""
     rng = random.Random(1)
-    found = speed(
-        monkeypatch, "edit", COSTS["mixed"], method, lambda: rng.choice([1, 1, 1, 1, 3, 5, 10, 15])
-    )
+    found = speed(monkeypatch, "edit", COSTS["mixed"], method, lambda: rng.choice([1, 1, 1, 1, 3, 5, 10, 15]))
     assert found > 2
 
 
@@ -172,7 +171,7 @@ def test_rejected_drafts_are_tried_ever_more_rarely():
         if length:
             tried.append(step)
             acceptance.learn(draft.cut(length), 1, 0)
-    gaps = [later - earlier for earlier, later in zip(tried, tried[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(tried)]
     assert sum(0.06 for _ in tried) < 0.02 * 2000
     assert LONGEST_WAIT / 2 < min(gaps[-3:]) <= max(gaps[-3:]) <= LONGEST_WAIT
     before = acceptance.rate(20)

@@ -252,7 +252,10 @@ def test_prompt_lookup_takes_the_longest_then_latest_match_and_wraps_around():
             "needs one prompt and one sequence, got 2 rows",
         ),
         ({"inputs": [[1]], "prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens=0"),
-        ({"inputs": [[1]], "speculation": "tree"}, "speculation='tree': expected 'suffix', 'lookup' or 'off'"),
+        (
+            {"inputs": [[1]], "speculation": "tree"},
+            "speculation='tree': expected 'suffix', 'lookup' or 'off'",
+        ),
         ({"inputs": [[1]], "speculation": True}, "speculation=True: expected"),
         ({"inputs": [[1]], "speculation": "suffix", "prompt_lookup_num_tokens": 3}, "pass one of them"),
         ({"inputs": [[1], [2]], "speculation": "suffix"}, "needs one prompt"),

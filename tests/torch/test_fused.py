@@ -294,7 +294,9 @@ def test_generation_strategies(call: str, name: str, taken: Any, by_modules: Any
     ids = batch("none", (23,))[0].repeat(1, 1 + (call in ("lookup", "suffix")))
 
     def run() -> Any:
-        return module.generate(ids, **{**(OPTIONS if call in ("lookup", "suffix") else VARIED), **CALLS[call]})
+        return module.generate(
+            ids, **{**(OPTIONS if call in ("lookup", "suffix") else VARIED), **CALLS[call]}
+        )
 
     ours, plain = run(), by_modules(run)
     assert taken

@@ -6,7 +6,15 @@ import torch
 from helpers import model as mpt_model
 from tiny_families import CLASSES, GENERATING, fields, monoblock_model
 
-from monoblock import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MptForCausalLM, TextStreamer, demo, native
+from monoblock import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MptForCausalLM,
+    TextStreamer,
+    demo,
+    native,
+)
 from monoblock.backends.pytorch.generation import decoder as decoding
 from monoblock.generation import loop
 from monoblock.generation.draft_rule import DraftRule
@@ -188,7 +196,12 @@ def test_verified_tokens_have_the_bits_of_single_steps(dtype, quantization):
         scores = []
         for counts in ([1] * 40, [2, 3, 16, 19], [40]):
             plan = loop.GenerationPlan(
-                config=GenerationConfig(use_cache=True), prompt_length=30, new_tokens=41, batch=1, copies=1, rewinds=True
+                config=GenerationConfig(use_cache=True),
+                prompt_length=30,
+                new_tokens=41,
+                batch=1,
+                copies=1,
+                rewinds=True,
             )
             decoder = decoding.Runner(model).decoder(plan, {})
             decoder.prefill(ids[:, :30], None)

@@ -12,25 +12,48 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
-if TYPE_CHECKING:
-    from monoblock.generation.drafts import Draft
+from monoblock.generation.arrays import Array
 
 clock: Callable[[], float] = time.perf_counter
 
 # Tokens of a step whose times are recorded; other numbers count as the nearest of these.
-SIZES = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+SIZES = (
+    *range(1, 17),
+    20,
+    24,
+    28,
+    32,
+    40,
+    48,
+    56,
+    64,
+    80,
+    96,
+    112,
+    128,
+    160,
+    192,
+    224,
+    256,
+    320,
+    384,
+    448,
+    512,
+)
 RECENT = 8  # times of a size of which the least is used
-SURE_TIMES = 3  # of a size with drafts, until a time is believed that is more than `PLAUSIBLE` times the expected one
+SURE_TIMES = (
+    3  # of a size with drafts, until a time is believed that is more than `PLAUSIBLE` times the expected one
+)
 PLAUSIBLE = 1.5
-FORGETTING = 256  # steps after which a size that did not occur is measured anew
+FORGETTING = 256  # steps after which a size that did not occur is measured again
 LEAST_TIMES = 2  # of a size, before drafts are added to it
 MOST_SURPRISE = 2.0  # the first time of a size counts at most so many times the expected one
 PRIOR_SLOPE = 0.06  # time of one more token, of that of a step of one, before it is measured
-# The balance, in steps without drafts: at the start, what each step adds to it, and its limits. With a rate of 0.02 and a
-# start of 0.3, rejected drafts cost less than 3% of the time of 30 tokens or more.
-START, RATE, LOWEST, HIGHEST = 0.3, 0.02, -1.0, 4.0
+# The balance, in steps without drafts: at the start, what each step adds to it, and its limits. With a rate of 0.02 and
+# a start of 0.3, rejected drafts cost less than 3% of the time of 30 tokens or more.
+START, RATE, LOWEST, HIGHEST = 0.3, 0.02, -0.5, 4.0
 FIRST_DRAFT = 4  # tokens of all drafts in a step at most, or so many times what was measured
 MARGIN = 1.02  # expected speedup below which there is no draft
 # Steps until a draft of one token is tried where more are not worthwhile; doubled each time that it is rejected.
@@ -43,6 +66,23 @@ KEPT = 0.97  # of earlier outcomes, with each new one
 # Steps with drafts after which one without is measured again, and the least time of one more token, of that of a step.
 LONGEST_RUN = 64
 LEAST_SLOPE = 0.01
+
+
+@dataclass
+class Draft:
+    """Draft tokens. `scores`: (1, vocab) that each was drawn from, if the draft was sampled. `matched`: tokens of the
+    match; `shares`: how often each token followed, of all times."""
+
+    tokens: list[int] = field(default_factory=list[int])
+    scores: list[Array] = field(default_factory=list[Array])
+    matched: int = 0
+    shares: list[float] = field(default_factory=list[float])
+
+    def cut(self, count: int) -> Draft:
+        """The first `count` tokens."""
+        if count >= len(self.tokens):
+            return self
+        return Draft(self.tokens[:count], self.scores[:count], self.matched, self.shares[:count])
 
 
 class StepCosts:
@@ -62,7 +102,9 @@ class StepCosts:
         if self._steps % FORGETTING == 0:
             self._forget()
         recent = self._recent.get(size)
-        plausible = not drafted or (size not in self._sure and seconds <= PLAUSIBLE * self._time(tokens, self._sure))
+        plausible = not drafted or (
+            size not in self._sure and seconds <= PLAUSIBLE * self._time(tokens, self._sure)
+        )
         if recent is None:
             recent = self._recent[size] = deque(maxlen=RECENT)
             if drafted and self._seconds:  # one time alone may be that of a compilation or an interruption

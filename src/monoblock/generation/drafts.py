@@ -1,18 +1,16 @@
 """Drafts without a model: the continuation of an earlier occurrence of the last tokens.
 
-Prompt lookup (Saxena 2023) takes the latest occurrence of an n-gram. Suffix decoding (arXiv 2411.04975) takes the longest
-suffix that occurred in the sequence or in an index of earlier texts, and the tokens that followed it most often.
+Prompt lookup (Saxena 2023) takes the latest occurrence of an n-gram. Suffix decoding (arXiv 2411.04975) takes the
+longest suffix that occurred in the sequence or in an index of earlier texts, and the tokens that followed it most often.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from monoblock.field_types import brief
-from monoblock.generation.arrays import Array
-from monoblock.generation.draft_rule import Acceptance
+from monoblock.generation.draft_rule import Acceptance, Draft
 from monoblock.generation.suffix_automaton import IndexMatches, SuffixAutomaton, SuffixIndex
 
 METHODS = ("suffix", "lookup")
@@ -20,23 +18,6 @@ DEFAULT_MATCH = 2  # tokens, transformers' default of max_matching_ngram_size
 LONGEST_MATCH = 3  # tokens that the method "lookup" compares
 MOST_TOKENS = 1 << 18  # of a sequence that are searched, the last ones
 LEAST_SHARE = 0.02  # a draft ends where all its tokens together are less probable
-
-
-@dataclass
-class Draft:
-    """Draft tokens. `scores`: (1, vocab) that each was drawn from, if the draft was sampled. `matched`: tokens of the
-    match; `shares`: how often each token followed, of all times."""
-
-    tokens: list[int] = field(default_factory=list[int])
-    scores: list[Array] = field(default_factory=list[Array])
-    matched: int = 0
-    shares: list[float] = field(default_factory=list[float])
-
-    def cut(self, count: int) -> Draft:
-        """The first `count` tokens."""
-        if count >= len(self.tokens):
-            return self
-        return Draft(self.tokens[:count], self.scores[:count], self.matched, self.shares[:count])
 
 
 def check_method(method: Any) -> str | None:

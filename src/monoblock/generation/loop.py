@@ -51,7 +51,8 @@ def generate(
     `arguments` are transformers': `input_ids`, `attention_mask`, `logits_processor`, `stopping_criteria`,
     `prefix_allowed_tokens_fn`, `streamer`, `tokenizer` (for stop strings), `assistant_model` (a `GenerativeModel`),
     `negative_prompt_ids`, the model's own inputs, and every field of `GenerationConfig`; in addition `seed` or
-    `generator` for sampling, `response_format`, and `speculation` ("suffix", "lookup" or "off"). Finished rows are filled with `pad_token_id`.
+    `generator` for sampling, `response_format`, and `speculation` ("suffix", "lookup" or "off"). Finished rows are
+    filled with `pad_token_id`.
     `make_result` builds the return value where no output object is requested.
     ValueError for arguments that are unknown, out of range or not supported.
     """

@@ -17,8 +17,8 @@ from monoblock.generation import draft_rule, processors
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig, as_own_config
 from monoblock.generation.decoder import GenerativeModel, RewindableDecoder
-from monoblock.generation.draft_rule import DraftRule
-from monoblock.generation.drafts import DEFAULT_MATCH, Draft, DraftSource, PromptLookup, speculator
+from monoblock.generation.draft_rule import Draft, DraftRule
+from monoblock.generation.drafts import DEFAULT_MATCH, DraftSource, PromptLookup, speculator
 from monoblock.generation.preparation import GenerationRun
 
 # A sliding-window cache can be cropped by that many tokens.

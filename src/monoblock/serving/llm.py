@@ -47,8 +47,8 @@ def _speculation(config: Mapping[str, Any] | None) -> dict[str, Any]:
         raise ValueError(f"speculative_config has the key {unknown[0]!r}: expected {' and '.join(known)}")
     if (method := config.get("method")) not in SPECULATIVE:
         raise ValueError(
-            f"speculative_config['method']={brief(method)}: expected one of {', '.join(SPECULATIVE)}; other methods need "
-            "a draft model"
+            f"speculative_config['method']={brief(method)}: expected one of {', '.join(SPECULATIVE)}; other methods "
+            "need a draft model"
         )
     return {"speculation": SPECULATIVE[method], "speculative_tokens": config.get("num_speculative_tokens")}
 

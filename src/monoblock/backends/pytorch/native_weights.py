@@ -63,7 +63,9 @@ class NativeWeights:
     @property
     def formats(self) -> set[int]:
         """The formats of all matrices, of `native.FORMATS`."""
-        layers = [matrix.format for block in self._blocks for matrix in (block.qkv, block.out, block.up, block.down)]
+        layers = [
+            matrix.format for block in self._blocks for matrix in (block.qkv, block.out, block.up, block.down)
+        ]
         return {self.struct.embed.format, self.struct.head.format, *layers}
 
 

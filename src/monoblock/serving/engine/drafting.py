@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from monoblock.generation import draft_rule
-from monoblock.generation.draft_rule import Acceptance, DraftRule
-from monoblock.generation.drafts import LONGEST_MATCH, Draft, PromptLookup, Speculator, SuffixDrafts, speculator
+from monoblock.generation.draft_rule import Acceptance, Draft, DraftRule
+from monoblock.generation.drafts import LONGEST_MATCH, PromptLookup, Speculator, SuffixDrafts, speculator
 from monoblock.generation.suffix_automaton import SuffixIndex
 from monoblock.serving.engine.options import EngineOptions
 from monoblock.serving.engine.params import SamplingParams

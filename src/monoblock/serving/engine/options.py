@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from monoblock.generation.drafts import check_method
 from monoblock.generation.suffix_automaton import SEGMENTS
 
-
 SPECULATION_CACHE = 200_000  # tokens, some 40 MB
 
 
@@ -19,8 +18,8 @@ class EngineOptions:
     once, and `max_step_tokens` tokens in one step: a longer prompt is computed in chunks. `max_waiting` requests wait
     at most; QueueFull is raised for more. `max_model_len`: prompt and new tokens of a request at most; None: the
     model's context. `prefix_cache`: blocks of finished requests are kept for prompts that begin with the same tokens.
-    `speculation`: drafts of requests that name none: "suffix", "lookup" or "off"; `speculative_tokens`: tokens of such a
-    draft at most. `speculation_cache`: tokens of finished requests in which "suffix" searches for later ones; 0: each
+    `speculation`: drafts of requests that name none: "suffix", "lookup" or "off"; `speculative_tokens`: tokens of such
+    a draft at most. `speculation_cache`: tokens of finished requests in which "suffix" searches for later ones; 0: each
     request's own tokens only.
     """
 
@@ -39,7 +38,9 @@ class EngineOptions:
         if self.speculative_tokens is not None and not 1 <= self.speculative_tokens <= 64:
             raise ValueError(f"speculative_tokens must be from 1 to 64, got {self.speculative_tokens}")
         if self.speculation_cache and self.speculation_cache < SEGMENTS:
-            raise ValueError(f"speculation_cache must be 0 or at least {SEGMENTS}, got {self.speculation_cache}")
+            raise ValueError(
+                f"speculation_cache must be 0 or at least {SEGMENTS}, got {self.speculation_cache}"
+            )
         for name in ("max_sequences", "max_step_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from monoblock.generation.batches import BLOCK, SequenceChunk
-from monoblock.generation.drafts import Draft
+from monoblock.generation.draft_rule import Draft
 from monoblock.serving.engine.blocks import BlockPool, blocks_for
 from monoblock.serving.engine.drafting import Drafting, SequenceDrafts
 from monoblock.serving.engine.options import EngineOptions

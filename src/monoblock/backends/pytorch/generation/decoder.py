@@ -261,7 +261,11 @@ class CachedDecoder:
     def extend(self, ids_bk: Tensor) -> Tensor:
         """Process k tokens per row; logits after each."""
         count = ids_bk.shape[1]
-        if self.verifies and count > (most := native_decoder.MOST // ids_bk.shape[0]) and self.steps is not None:
+        if (
+            self.verifies
+            and count > (most := native_decoder.MOST // ids_bk.shape[0])
+            and self.steps is not None
+        ):
             # The scores of one token after the other, which those of the modules differ from by rounding.
             return torch.cat([self.extend(part) for part in ids_bk.split(most, dim=1)], dim=1)
         if self.mask is not None:

@@ -99,7 +99,9 @@ class Steps:
     ) -> None:
         """`verifies`: see `of`."""
         self.weights, self.tensors, self.cache = weights, tensors, cache
-        self._run = (_unrounded() if verifies and not weights.formats & INTEGERS else native.library()).mb_step
+        self._run = (
+            _unrounded() if verifies and not weights.formats & INTEGERS else native.library()
+        ).mb_step
         self._caches = (LayerCache * weights.layers)()
         # The cache buffers that the structures point to, and their number of rows.
         self._rows, self._bound = 0, list[Tensor]()
