@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from monoblock.generation.arrays import Array
@@ -55,6 +55,7 @@ PRIOR_SLOPE = 0.06  # time of one more token, of that of a step of one, before i
 # a start of 0.3, rejected drafts cost less than 3% of the time of 30 tokens or more.
 START, RATE, LOWEST, HIGHEST = 0.3, 0.02, -0.5, 4.0
 FIRST_DRAFT = 4  # tokens of all drafts in a step at most, or so many times what was measured
+LEAST_CHANCE = 0.02
 MARGIN = 1.02  # expected speedup below which there is no draft
 # Steps until a draft of one token is tried where more are not worthwhile; doubled each time that it is rejected.
 FIRST_WAIT, LONGEST_WAIT = 8, 256
@@ -92,6 +93,8 @@ class StepCosts:
         self._recent: dict[int, deque[float]] = {}
         self._seconds: dict[int, float] = {}
         self._sure: set[int] = set()  # sizes that were measured often enough
+        self._sorted: list[int] = []
+        self._sorted_sure: list[int] = []
         self._latest: dict[int, int] = {}  # the number of the last step of a size
         self._steps = 0
 
@@ -103,16 +106,20 @@ class StepCosts:
             self._forget()
         recent = self._recent.get(size)
         plausible = not drafted or (
-            size not in self._sure and seconds <= PLAUSIBLE * self._time(tokens, self._sure)
+            size not in self._sure and seconds <= PLAUSIBLE * self._time(tokens, self._sorted_sure)
         )
         if recent is None:
             recent = self._recent[size] = deque(maxlen=RECENT)
             if drafted and self._seconds:  # one time alone may be that of a compilation or an interruption
-                self._seconds[size] = min(seconds, MOST_SURPRISE * self._time(tokens, self._seconds))
+                self._seconds[size] = min(seconds, MOST_SURPRISE * self._time(tokens, self._sorted))
         recent.append(seconds)
         if len(recent) > 1 or size not in self._seconds:
             self._seconds[size] = min(recent)
+        if size not in self._sorted:
+            insort(self._sorted, size)
         if plausible or len(recent) >= SURE_TIMES:
+            if size not in self._sure:
+                insort(self._sorted_sure, size)
             self._sure.add(size)
 
     def _forget(self) -> None:
@@ -120,6 +127,7 @@ class StepCosts:
         for size in [size for size, step in self._latest.items() if self._steps - step > FORGETTING]:
             del self._latest[size], self._recent[size], self._seconds[size]
             self._sure.discard(size)
+        self._sorted, self._sorted_sure = sorted(self._seconds), sorted(self._sure)
 
     def known(self, tokens: int) -> bool:
         """Whether steps of that size have been measured."""
@@ -134,17 +142,17 @@ class StepCosts:
         divided by `base`. `hopeful`: as extrapolated where few steps were measured and these took longer."""
         if tokens <= base:
             return 1.0
-        first, least = self._time(base, self._seconds), 1 + LEAST_SLOPE * (tokens - base) / base
-        found = self._time(tokens, self._seconds)
+        first, least = self._time(base, self._sorted), 1 + LEAST_SLOPE * (tokens - base) / base
+        found = self._time(tokens, self._sorted)
         if hopeful and _size(tokens) not in self._sure:
-            found = min(found, self._time(tokens, self._sure))
+            found = min(found, self._time(tokens, self._sorted_sure))
         return max(least, found / first) if first > 0 else least
 
-    def _time(self, tokens: int, sizes: Collection[int]) -> float:
-        """Seconds by the times of these sizes; without any a multiple of seconds."""
-        if not sizes:
+    def _time(self, tokens: int, known: list[int]) -> float:
+        """Seconds by the times of these sizes, in order; without any a multiple of seconds."""
+        if not known:
             return _prior(tokens)
-        known, size = sorted(sizes), _size(tokens)
+        size = _size(tokens)
         at = bisect_left(known, size)
         # A larger step takes no less time.
         above = min((self._seconds[other] for other in known[at:]), default=math.inf)
@@ -191,11 +199,13 @@ class Acceptance:
         return min(0.99, found)
 
     def chances(self, draft: Draft) -> list[float]:
-        """For each token of a draft, the probability that it and all before it are accepted."""
+        """For each token of a draft, the probability that it and all before it are accepted, if it is not tiny."""
         found: list[float] = []
         chance, matched = 1.0, draft.matched
         for share in draft.shares:
             chance *= share * self.rate(matched)
+            if chance < LEAST_CHANCE:
+                break
             matched += 1
             found.append(chance)
         return found
@@ -246,6 +256,9 @@ class DraftRule:
         if not measured or self.balance <= 0 or not any(draft.tokens for draft in drafts):
             return lengths
         each = [acceptance.chances(draft) for draft, acceptance in zip(drafts, acceptances, strict=True)]
+        due = [bool(draft.tokens) and own.due for draft, own in zip(drafts, acceptances, strict=True)]
+        if sum(map(sum, each)) < (MARGIN - 1) * rows and not any(due):
+            return lengths
         # Chances decrease within a draft, so that a sequence's tokens stay in order.
         order = sorted(
             ((chance, -at, row) for row, chances in enumerate(each) for at, chance in enumerate(chances)),
@@ -261,8 +274,8 @@ class DraftRule:
                 count, best = index, tokens / cost
         for _, _, row in order[:count]:
             lengths[row] += 1
-        for row, acceptance in enumerate(acceptances):
-            if not lengths[row] and each[row] and acceptance.due:
+        for row, tried in enumerate(due):
+            if tried and not lengths[row]:
                 if self.costs.ratio(base, base + count + 1, hopeful=True) - 1 > self.balance:
                     break
                 lengths[row], count = 1, count + 1

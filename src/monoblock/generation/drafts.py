@@ -17,7 +17,7 @@ METHODS = ("suffix", "lookup")
 DEFAULT_MATCH = 2  # tokens, transformers' default of max_matching_ngram_size
 LONGEST_MATCH = 3  # tokens that the method "lookup" compares
 MOST_TOKENS = 1 << 18  # of a sequence that are searched, the last ones
-LEAST_SHARE = 0.02  # a draft ends where all its tokens together are less probable
+LEAST_SHARE = 0.1  # a draft ends where all its tokens together are less probable
 
 
 def check_method(method: Any) -> str | None:

@@ -63,8 +63,9 @@ def run(generation: GenerationRun) -> Any:
             accepted_tokens += accepted
             if done or left == 0 or not accepted:
                 break
-        # The last token is not in the cache yet; rejected draft tokens are.
-        decoder.crop(plan.prompt_length + len(ids) - start - 1)
+        if accepted_tokens < len(draft.tokens) or done or left == 0:
+            # The last token is not in the cache yet; rejected draft tokens are.
+            decoder.crop(plan.prompt_length + len(ids) - start - 1)
         if done or left == 0:
             return outputs.output(sequences.ids(), decoder)
         if isinstance(source, RuledDrafts) and len(ids) > start + 1:
