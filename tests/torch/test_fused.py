@@ -66,7 +66,7 @@ def by_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]],
 
     def do(what: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(native_decoder, "of", lambda *_: None)
+            patch.setattr(native_decoder, "of", lambda *_, **__: None)
             return what()
 
     return do

@@ -203,7 +203,7 @@ def test_verified_tokens_have_the_bits_of_single_steps(dtype, quantization):
                 copies=1,
                 rewinds=True,
             )
-            decoder = decoding.Runner(model).decoder(plan, {})
+            decoder = decoding.CachedDecoder(model, plan, {})
             decoder.prefill(ids[:, :30], None)
             if counts == [1] * 40:  # as without drafts
                 decoder.verifies = False
