@@ -48,25 +48,26 @@ SURE_TIMES = (
 )
 PLAUSIBLE = 1.5
 FORGETTING = 256  # steps after which a size that did not occur is measured again
-LEAST_TIMES = 2  # of a size, before drafts are added to it
 MOST_SURPRISE = 2.0  # the first time of a size counts at most so many times the expected one
 PRIOR_SLOPE = 0.06  # time of one more token, of that of a step of one, before it is measured
-# The balance, in steps without drafts: at the start, what each step adds to it, and its limits. With a rate of 0.02 and
-# a start of 0.3, rejected drafts cost less than 3% of the time of 30 tokens or more.
-START, RATE, LOWEST, HIGHEST = 0.3, 0.02, -0.5, 4.0
-FIRST_DRAFT = 4  # tokens of all drafts in a step at most, or so many times what was measured
+# The balance, in steps without drafts: at the start, what each step adds to it, and its limits. With a rate of
+# 0.015 and a start of 0.3, rejected drafts cost less than 3% of the time of 20 tokens or more.
+START, RATE, LOWEST, HIGHEST = 0.3, 0.015, -0.5, 4.0
+FIRST_DRAFT = 5  # tokens of all drafts in a step at most, or so many times what was measured
 LEAST_CHANCE = 0.02
 MARGIN = 1.02  # expected speedup below which there is no draft
 # Steps until a draft of one token is tried where more are not worthwhile; doubled each time that it is rejected.
 FIRST_WAIT, LONGEST_WAIT = 8, 256
+# Proposals take at most this part of the time where drafts are not accepted, but there is one in so many steps.
+PROPOSING, LONGEST_STRIDE = 0.01, 16
 # Upper ends of ranges of the match's length, and the share of drafts that is accepted before any is seen.
 MATCHES = (1, 2, 3, 5, 8, 16)
 PRIOR_RATES = (0.3, 0.45, 0.6, 0.75, 0.85, 0.92, 0.96)
 PRIOR_WEIGHT = 3.0
 KEPT = 0.97  # of earlier outcomes, with each new one
-# Steps with drafts after which one without is measured again, and the least time of one more token, of that of a step.
-LONGEST_RUN = 64
-LEAST_SLOPE = 0.01
+# Steps with drafts after which one without is measured again, and as long as only one was measured.
+LONGEST_RUN, FIRST_RUN = 64, 6
+LEAST_SLOPE = 0.01  # time of one more token, of that of a step without drafts, at least
 
 
 @dataclass
@@ -131,7 +132,11 @@ class StepCosts:
 
     def known(self, tokens: int) -> bool:
         """Whether steps of that size have been measured."""
-        return len(self._recent.get(_size(tokens), ())) >= LEAST_TIMES
+        return _size(tokens) in self._recent
+
+    def times(self, tokens: int) -> int:
+        """How many steps of that size count."""
+        return len(self._recent.get(_size(tokens), ()))
 
     def limit(self, base: int) -> int:
         """The number of tokens that may be added to a step of `base`: a few times what was measured."""
@@ -245,6 +250,7 @@ class DraftRule:
         self.costs = StepCosts()
         self.balance = START
         self._run = 0  # steps with drafts since one without
+        self._proposing = self._step = 0.0  # seconds of the proposals for a step, and of a step
 
     def lengths(
         self, drafts: Sequence[Draft], acceptances: Sequence[Acceptance], base: int, rows: int
@@ -252,7 +258,9 @@ class DraftRule:
         """How many tokens of each draft to verify in a step of `base` tokens without drafts, which gives a new token to
         each of `rows` sequences. None as long as steps of that size are not measured."""
         lengths = [0] * len(drafts)
-        measured = self.costs.known(base) and self._run < LONGEST_RUN
+        measured = self.costs.known(base) and self._run < (
+            LONGEST_RUN if self.costs.times(base) > 1 else FIRST_RUN
+        )
         if not measured or self.balance <= 0 or not any(draft.tokens for draft in drafts):
             return lengths
         each = [acceptance.chances(draft) for draft, acceptance in zip(drafts, acceptances, strict=True)]
@@ -281,9 +289,25 @@ class DraftRule:
                 lengths[row], count = 1, count + 1
         return lengths
 
+    @property
+    def stride(self) -> int:
+        """Steps for one proposal where drafts are not accepted: proposals take at most `PROPOSING` of the time."""
+        if not self._step:
+            return 1
+        return max(1, min(LONGEST_STRIDE, math.ceil(self._proposing / (PROPOSING * self._step))))
+
+    def proposed(self, seconds: float) -> None:
+        """The proposals for a step took so long."""
+        self._proposing = (
+            seconds
+            if not self._proposing
+            else 0.8 * self._proposing + 0.2 * min(seconds, 4 * self._proposing)
+        )
+
     def stepped(self, base: int, drafted: int, rows: int, accepted: int, seconds: float) -> None:
         """A step of `base` tokens and `drafted` ones took so long; `accepted` of these were."""
         self.costs.seen(base + drafted, seconds, drafted=drafted > 0)
         self._run = self._run + 1 if drafted else 0
+        self._step = seconds if not self._step else min(seconds, 1.1 * self._step)
         gain = accepted / max(1, rows) - (self.costs.ratio(base, base + drafted, hopeful=True) - 1)
         self.balance = max(LOWEST, min(HIGHEST, self.balance + RATE + gain))

@@ -1,7 +1,8 @@
 """Drafts without a model: the continuation of an earlier occurrence of the last tokens.
 
 Prompt lookup (Saxena 2023) takes the latest occurrence of an n-gram. Suffix decoding (arXiv 2411.04975) takes the
-longest suffix that occurred in the sequence or in an index of earlier texts, and the tokens that followed it most often.
+longest suffix that occurred in the sequence, or in an index of earlier texts, and the tokens that followed it most
+often.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ METHODS = ("suffix", "lookup")
 DEFAULT_MATCH = 2  # tokens, transformers' default of max_matching_ngram_size
 LONGEST_MATCH = 3  # tokens that the method "lookup" compares
 MOST_TOKENS = 1 << 18  # of a sequence that are searched, the last ones
+GRACE = 4  # steps without an accepted draft after which proposals may become rarer
 LEAST_SHARE = 0.1  # a draft ends where all its tokens together are less probable
 
 
@@ -116,14 +118,20 @@ class Speculator:
 
     def __init__(self, source: DraftSource, acceptance: Acceptance) -> None:
         self.source, self.acceptance = source, acceptance
+        self._passed = 0  # steps since a draft was accepted, or proposed where none is
 
-    def propose(self, ids: list[int], room: int) -> Draft:
-        """At most `room` tokens that may follow `ids`."""
+    def propose(self, ids: list[int], room: int, stride: int = 1) -> Draft:
+        """At most `room` tokens that may follow `ids`; while none is accepted, only at every `stride`th call."""
         self.acceptance.waited()
-        return self.source.propose(ids, room) if room > 0 else Draft()
+        self._passed += 1
+        if room < 1 or (self._passed > GRACE and self._passed % stride):
+            return Draft()
+        return self.source.propose(ids, room)
 
     def learn(self, draft: Draft, verified: int, accepted: int) -> None:
         """Of a draft, so many tokens were verified and so many accepted."""
+        if accepted:
+            self._passed = 0
         self.acceptance.learn(draft, verified, accepted)
 
 

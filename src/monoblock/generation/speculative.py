@@ -110,10 +110,14 @@ class RuledDrafts:
 
     def propose(self, ids: list[int], room: int) -> Draft:
         """A draft for the next step, which begins now."""
-        draft = self.drafts.propose(ids, room)
-        if draft.tokens:
+        began = draft_rule.clock()
+        draft = self.drafts.propose(ids, room, self.rule.stride)
+        proposed = draft.tokens
+        if proposed:
             draft = draft.cut(self.rule.lengths([draft], [self.drafts.acceptance], 1, 1)[0])
         self.started = draft_rule.clock()
+        if proposed:
+            self.rule.proposed(self.started - began)
         return draft
 
     def stepped(self, draft: Draft, accepted: int) -> None:

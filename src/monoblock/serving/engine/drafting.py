@@ -22,17 +22,20 @@ class SequenceDrafts:
     def __init__(self, source: Speculator, *, ruled: bool) -> None:
         self.source, self.ruled = source, ruled
         self.draft = Draft()  # of the step that is computed
-        self.fed = True
+        self.fed = not isinstance(
+            source.source, SuffixDrafts
+        )  # whether all tokens but the last ones were read
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Read new tokens, as many as a step has time for."""
         if isinstance(self.source.source, SuffixDrafts):
             self.fed = self.source.source.feed(tokens, FED)
 
-    def propose(self, tokens: list[int], room: int) -> Draft:
-        """A draft of at most `room` tokens."""
-        self.feed(tokens)
-        return self.source.propose(tokens, room) if self.fed else Draft()
+    def propose(self, tokens: list[int], room: int, stride: int) -> Draft:
+        """A draft of at most `room` tokens; see `Speculator.propose`."""
+        if not self.fed:
+            self.feed(tokens)
+        return self.source.propose(tokens, room, stride if self.ruled else 1) if self.fed else Draft()
 
     def verified(self, accepted: int, mismatch: bool) -> None:
         """Of the step's draft so many tokens were accepted, and then one was not (`mismatch`)."""
@@ -71,6 +74,7 @@ class Drafting:
         """Choose the lengths of drafts of a step of `base` tokens and `rows` new ones without them: at most `room`
         tokens together."""
         ruled = [(own, draft) for own, draft in drafts if own.ruled]
+        proposed = any(draft.tokens for _, draft in ruled)
         for own, draft in drafts:
             own.draft = draft if not own.ruled else Draft()
         if ruled:
@@ -81,6 +85,8 @@ class Drafting:
             for (own, draft), length in zip(ruled, lengths, strict=True):
                 own.draft = draft.cut(length)
             self._measured = True
+            if proposed:
+                self.rule.proposed(draft_rule.clock() - self._started)
         for own, _ in drafts:
             own.draft = own.draft.cut(room)
             room -= len(own.draft.tokens)

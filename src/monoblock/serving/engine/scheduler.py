@@ -86,7 +86,14 @@ class Scheduler:
                 continue
             own.draft = Draft()
             if sequence.computed + 1 == len(sequence.tokens):
-                found.append((own, own.propose(sequence.tokens, min(budget, sequence.left - 1))))
+                found.append(
+                    (
+                        own,
+                        own.propose(
+                            sequence.tokens, min(budget, sequence.left - 1), self.drafting.rule.stride
+                        ),
+                    )
+                )
             else:
                 own.feed(sequence.tokens[: chunk.past + len(chunk.tokens)])
         if not found:
