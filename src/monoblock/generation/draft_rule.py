@@ -51,9 +51,9 @@ FORGETTING = 256  # steps after which a size that did not occur is measured agai
 MOST_SURPRISE = 2.0  # the first time of a size counts at most so many times the expected one
 PRIOR_SLOPE = 0.06  # time of one more token, of that of a step of one, before it is measured
 # The balance, in steps without drafts: at the start, what each step adds to it, and its limits. With a rate of
-# 0.015 and a start of 0.3, rejected drafts cost less than 3% of the time of 20 tokens or more.
-START, RATE, LOWEST, HIGHEST = 0.3, 0.015, -0.5, 4.0
-FIRST_DRAFT = 5  # tokens of all drafts in a step at most, or so many times what was measured
+# 0.015 and a start of 0.25, rejected drafts cost less than 3% of the time of 20 tokens or more.
+START, RATE, LOWEST, HIGHEST = 0.25, 0.015, -0.5, 4.0
+FIRST_DRAFT, GROWTH = 2, 3  # tokens of all drafts in a step at most, and how many times what was measured
 LEAST_CHANCE = 0.02
 MARGIN = 1.02  # expected speedup below which there is no draft
 # Steps until a draft of one token is tried where more are not worthwhile; doubled each time that it is rejected.
@@ -100,7 +100,7 @@ class StepCosts:
         self._steps = 0
 
     def seen(self, tokens: int, seconds: float, *, drafted: bool = False) -> None:
-        """A step took so long."""
+        """A step took so long. `drafted`: with drafts."""
         size = _size(tokens)
         self._latest[size] = self._steps = self._steps + 1
         if self._steps % FORGETTING == 0:
@@ -140,7 +140,7 @@ class StepCosts:
 
     def limit(self, base: int) -> int:
         """The number of tokens that may be added to a step of `base`: a few times what was measured."""
-        return max(FIRST_DRAFT, FIRST_DRAFT * (max(self._sure, default=0) - base))
+        return max(FIRST_DRAFT, GROWTH * (max(self._sure, default=0) - base))
 
     def ratio(self, base: int, tokens: int, *, hopeful: bool = False) -> float:
         """The time of a step of `tokens`, divided by that of one of `base`; at least `LEAST_SLOPE` for each token more,

@@ -53,8 +53,7 @@ def run(generation: GenerationRun) -> Any:
             outputs.add_scores(logits_1v, chosen_1v)
             if len(ids) > start:  # the forward pass of the prompt is collected already
                 outputs.add_position(decoder, index, len(draft.tokens) - index)
-            token, accepted = _choose(generation, chosen_1v, draft, index)
-            token_1 = ops.array([token])
+            token_1, token, accepted = _choose(generation, chosen_1v, draft, index)
             sequences.append(token_1, [token])
             if generation.streamer is not None:
                 generation.streamer.put(ops.host(token_1))
@@ -71,7 +70,9 @@ def run(generation: GenerationRun) -> Any:
         if isinstance(source, RuledDrafts) and len(ids) > start + 1:
             source.stepped(draft, accepted_tokens)
         draft = source.propose(ids, min(left - 1, LONGEST_DRAFT))
-        scores_1kv = decoder.extend(ops.array([[ids[-1], *draft.tokens]]))
+        scores_1kv = decoder.extend(
+            ops.array([[ids[-1], *draft.tokens]]) if draft.tokens else token_1[:, None]
+        )
 
 
 def _check(generation: GenerationRun) -> None:
@@ -127,18 +128,19 @@ class RuledDrafts:
         self.drafts.learn(draft, min(accepted + 1, len(draft.tokens)), accepted)
 
 
-def _choose(generation: GenerationRun, scores_1v: Array, draft: Draft, index: int) -> tuple[int, bool]:
-    """The token at a position of the draft, and whether it is the draft token."""
+def _choose(generation: GenerationRun, scores_1v: Array, draft: Draft, index: int) -> tuple[Array, int, bool]:
+    """The token at a position of the draft, as an array (1,) and as a number, and whether it is the draft token."""
     ops = generation.ops
     draft_token = draft.tokens[index] if index < len(draft.tokens) else None
     if not generation.config.do_sample:
-        [token] = ops.to_list(ops.argmax(scores_1v))
+        token_1 = ops.argmax(scores_1v)
     elif draft_token is None or not draft.scores:
         # A draft that was not sampled has q = 1: the rule is to draw from p and compare.
-        [token] = ops.to_list(ops.sample(scores_1v, generation.generator))
+        token_1 = ops.sample(scores_1v, generation.generator)
     else:
-        token = _drawn(generation, scores_1v, draft.scores[index], draft_token)
-    return token, token == draft_token
+        token_1 = ops.array([_drawn(generation, scores_1v, draft.scores[index], draft_token)])
+    [token] = ops.to_list(token_1)
+    return token_1, token, token == draft_token
 
 
 def _drawn(generation: GenerationRun, p_scores_1v: Array, q_scores_1v: Array, draft_token: int) -> int:
