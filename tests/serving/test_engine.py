@@ -20,6 +20,7 @@ from tiny_lora import adapt
 
 import monoblock
 from monoblock import native
+from monoblock.generation import draft_rule
 from monoblock.generation.batches import BLOCK
 from monoblock.generation.draft_rule import DraftRule
 from monoblock.generation.drafts import METHODS
@@ -319,12 +320,25 @@ def test_drafts_save_steps() -> None:
         assert core.stats().steps - plain < plain / 3
 
 
+def timed(core: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The engine, with a clock that only its steps advance: by 1, and by 0.02 for each token."""
+    now, steps = [0.0], core.runner.run
+    monkeypatch.setattr(draft_rule, "clock", lambda: now[0])
+
+    def advance(chunks: Any) -> Any:
+        now[0] += 1 + 0.02 * sum(len(chunk.tokens) for chunk in chunks)
+        return steps(chunks)
+
+    monkeypatch.setattr(core.runner, "run", advance)
+    return core
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_rows_with_and_without_drafts(method: str) -> None:
+def test_rows_with_and_without_drafts(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule over the rows of a step: fewer steps for what repeats itself, the same tokens for all."""
     if native.library() is None:
         pytest.skip("without native kernels there are no drafts")
-    core = engine("MptForCausalLM")
+    core = timed(engine("MptForCausalLM"), monkeypatch)
     bias = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, logit_bias={9: 100.0})
     sampled = SamplingParams(temperature=1.0, max_tokens=150, ignore_eos=True, seed=4)
     expected = [run(engine("MptForCausalLM"), [3, 4], params).result for params in (bias, sampled)]
@@ -335,14 +349,14 @@ def test_rows_with_and_without_drafts(method: str) -> None:
     while not requests[2].done:
         core.step()
         steps += 1
-    assert steps < 100
+    assert steps < 40
     while core.step():
         pass
     assert [answer.result for answer in answers] == expected * 2
     assert core.stats().accepted_tokens > 50
 
 
-def test_earlier_requests_give_drafts() -> None:
+def test_earlier_requests_give_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same request again: its tokens are in the index, not in its prompt. Without an index they are not."""
     if native.library() is None:
         pytest.skip("without native kernels there are no drafts")
@@ -350,7 +364,7 @@ def test_earlier_requests_give_drafts() -> None:
     prompt = prompt_of(np.random.default_rng(5), 30)
     accepted = []
     for size in (10_000, 0):
-        core = engine("MistralForCausalLM", speculation_cache=size)
+        core = timed(engine("MistralForCausalLM", speculation_cache=size), monkeypatch)
         first = run(core, prompt, params).result
         before = core.stats().accepted_tokens
         again = run(core, prompt, params).result
