@@ -15,7 +15,8 @@ with other work; use one thread with it, since waiting threads count.
 - "engine": the replayed texts as requests of the serving engine, `--rows` at a time, and the same requests again, which
   are then in the index of finished requests.
 
-Texts are tokenized by the demo's tokenizer, so a model of `bench/shapes.py` with random weights will do.
+`--runs 0` and `--rows 0` leave out `generate` and the engine. Texts are tokenized by the demo's tokenizer, so a model of
+`bench/shapes.py` with random weights will do.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def engine_part(model: Any, tokenizer: Any, given: dict[str, Any], args: argpars
         tokens: list[list[int]] = [[] for _ in names]
         for at, name in enumerate(names):
             prompt, output = given[name]
-            # Other tokens in each row, in the same places, so that rows do not repeat each other.
+            # Other ids in each row, so that rows do not repeat each other.
             prompt, output = ([(token + 97 * at) % 4096 for token in ids] for ids in (prompt, output))
             params = SamplingParams(
                 temperature=0,
@@ -224,13 +225,13 @@ def main() -> None:
         )
         return found[0].tolist()
 
-    if args.model is None:
+    if args.model is None and args.runs:
         for name, text in PROMPTS.items():
             ids = list(tokenizer(text)["input_ids"])
             calls = {m: (lambda m=m, ids=ids: generate(ids, args.new, **METHODS[m])) for m in METHODS}
             row("own", name, args.new, alternate(args.runs + 1, calls))
     given = texts(tokenizer, args.new)
-    for name, (prompt, output) in given.items():
+    for name, (prompt, output) in given.items() if args.runs else ():
         replay = Replay(prompt, output)
         calls = {
             m: (
