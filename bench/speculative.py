@@ -15,8 +15,8 @@ with other work; use one thread with it, since waiting threads count.
 - "engine": the replayed texts as requests of the serving engine, `--rows` at a time, and the same requests again, which
   are then in the index of finished requests.
 
-`--runs 0` and `--rows 0` leave out `generate` and the engine. Texts are tokenized by the demo's tokenizer, so a model of
-`bench/shapes.py` with random weights will do.
+`--runs 0` and `--rows 0` leave out `generate` and the engine. Texts are tokenized by the demo's tokenizer, so a model
+of `bench/shapes.py` with random weights will do.
 """
 
 from __future__ import annotations
