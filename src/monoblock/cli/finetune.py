@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import field, make_dataclass
@@ -18,6 +20,7 @@ from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.training.options import KINDS, TrainingOptions, help_of, read_recipe, write_recipe
 
 if TYPE_CHECKING:
+    from monoblock.training.processes import Processes
     from monoblock.training.trainer import Progress, Sample
 
 app = sub_app()
@@ -70,23 +73,65 @@ def finetune(
 
     The output folder receives the model, its metrics and a picture of their curves, and the checkpoints. Ctrl-C ends
     the run with a checkpoint; the same command with --resume continues there, and ends with the same weights.
+    `torchrun --nproc-per-node N -m monoblock finetune ...` trains in N processes.
     """
-    values = {} if recipe is None else read_recipe(recipe)
-    values |= {name: value for name, value in vars(given).items() if value is not None}
+    from monoblock.training.processes import processes, reports
+
+    with _reported_by(reports()):
+        values = {} if recipe is None else read_recipe(recipe)
+        values |= {name: value for name, value in vars(given).items() if value is not None}
+        try:
+            options = TrainingOptions(**values)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        if show_recipe:
+            console.write(write_recipe(options))
+            return
+        for name in ("data", "output"):
+            if getattr(options, name) is None:
+                raise typer.BadParameter(f"--{name} is needed")
+        among = processes(options)
     try:
-        options = TrainingOptions(**values)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    if show_recipe:
-        console.write(write_recipe(options))
-        return
-    for name in ("data", "output"):
-        if getattr(options, name) is None:
-            raise typer.BadParameter(f"--{name} is needed")
+        _train(options, among, resume)
+    except (typer.Exit, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if among.size == 1:
+            raise
+        message = among.failure(error)
+        if message is None:
+            raise typer.Exit(console.FAILURE) from None
+        raise (error if message == str(error) else RuntimeError(message)) from error
+    finally:
+        among.leave()
+
+
+@contextmanager
+def _reported_by(this: bool) -> Generator[None]:
+    """Errors of the block, which several processes find alike, end this one without a message unless it reports them."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if this:
+            raise
+        raise typer.Exit(2 if isinstance(error, typer.BadParameter) else console.FAILURE) from None
+
+
+def _train(options: TrainingOptions, among: Processes, resume: bool) -> None:
     from monoblock.training.trainer import Trainer
 
-    trainer = Trainer(options)
-    console.note("loading ...")
+    if not among.first:
+        logging.getLogger("monoblock").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+    trainer = Trainer(options, among)
+    if not among.first:
+        result = trainer.train(resume=resume)
+        if result.interrupted is not None:
+            raise typer.Exit(SIGNALLED + result.interrupted)
+        return
+    console.note("loading ..." if among.size == 1 else f"loading in {among.size} processes ...")
     with _progress() as show:
         result = trainer.train(resume=resume, show=show, show_sample=_show_sample)
     if result.interrupted is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders `checkpoints/step-N`, each written whole or not at all."""
+"""Checkpoints of a run: folders `checkpoints/step-N`, each written whole or not at all, by one process or several."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from monoblock.checkpoint.files import read_json
-from monoblock.checkpoint.transaction import staged
+from monoblock.checkpoint.transaction import Staging, staged
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief
+from monoblock.training.processes import Processes
 
 FOLDER, BEST, PROGRESS = "checkpoints", "best", "progress.json"
+SHARED = "shared"  # the subfolder with the files of several processes
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -44,6 +46,10 @@ class Checkpoints:
         with staged(self.path(step), whole=True) as stage:
             save(stage.files)
             stage.write(PROGRESS, json.dumps(progress, indent=1) + "\n")
+        self.remove_old()
+
+    def remove_old(self) -> None:
+        """Remove all but the newest checkpoints."""
         for old in self.steps()[: -self.keep]:
             # Renamed first, so that a folder of this name is whole.
             gone = self.folder / f"removed-{old}"
@@ -56,6 +62,12 @@ class Checkpoints:
         with staged(self.best, whole=True) as stage:
             save(stage.files)
 
+    def poll(self) -> None:
+        """Complete a checkpoint whose files are written. One process writes them at once."""
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written."""
+
     def progress(self, step: int) -> dict[str, Any]:
         """What `write` stored beside the weights."""
         path = self.path(step) / PROGRESS
@@ -63,6 +75,70 @@ class Checkpoints:
         if found.get("step") != step:
             raise CheckpointError(f"{path} is of step {brief(found.get('step'))}, expected {step}")
         return found
+
+
+class _Pending(NamedTuple):
+    """A checkpoint that is being written: the files' stage in the first process, and the future of this process."""
+
+    stage: Staging | None
+    progress: dict[str, Any]
+    written: Any
+
+
+class SharedCheckpoints(Checkpoints):
+    """Checkpoints of several processes, which see the same output folder. Each writes its part, in the background; the
+    first moves a whole one into place when all are done. All processes call the methods in the same order."""
+
+    def __init__(self, output: Path, keep: int, processes: Processes) -> None:
+        super().__init__(output, keep)
+        self.processes = processes
+        self._pending: _Pending | None = None
+
+    def start(self, step: int, progress: dict[str, Any], save: Callable[[Path], Any]) -> None:
+        """Begin a checkpoint by `save(folder)`, which gives a future, after the one before is complete."""
+        self.finish()
+        self._pending = self._begun(self.path(step), progress, save)
+
+    def write_best(self, save: Callable[[Path], Any]) -> None:
+        self.finish()
+        self._complete(self._begun(self.best, {}, save))
+        self.processes.agreed(None)  # the files are in place when a process goes on
+
+    def poll(self) -> None:
+        if self._pending is not None and self.processes.first and self._pending.written.done():
+            self._complete(self._pending)
+            # The other processes wait for their part, which is done as well, before the next checkpoint.
+            self._pending = None
+
+    def finish(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._complete(pending)
+
+    def _begun(self, folder: Path, progress: dict[str, Any], save: Callable[[Path], Any]) -> _Pending:
+        stage = Staging(folder, whole=True) if self.processes.first else None
+        files = self.processes.agreed(None if stage is None else str(stage.files))
+        return _Pending(stage, progress, save(Path(files)))
+
+    def _complete(self, pending: _Pending) -> None:
+        """Wait for the files; the first process then moves the folder into place."""
+        stage = pending.stage
+        try:
+            pending.written.result()
+            if stage is not None:
+                if pending.progress:
+                    stage.write(PROGRESS, json.dumps(pending.progress, indent=1) + "\n")
+                stage.commit()
+        except BaseException as error:
+            if stage is not None:
+                stage.discard()
+            if isinstance(error, OSError):
+                raise CheckpointError(
+                    f"a checkpoint could not be written: {error.strerror or error}"
+                ) from error
+            raise
+        if stage is not None and pending.progress:
+            self.remove_old()
 
 
 def check_same(stored: dict[str, Any], now: dict[str, Any], where: Path) -> None:

@@ -21,10 +21,12 @@ _POINTS = 400  # of a curve
 class MetricsLog:
     """metrics.jsonl, or another file of that form: one object per line, each with its `step`."""
 
-    def __init__(self, folder: Path, *, until: int, name: str = METRICS) -> None:
-        """Continue a file, without its lines after step `until`."""
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, *, until: int, name: str = METRICS, writes: bool = True) -> None:
+        """Continue a file, without its lines after step `until`. `writes`: whether this process writes it."""
+        self.folder, self.name, self.writes = folder, name, writes
         self.lines: list[dict[str, Any]] = []
+        if not writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / name
         if until and path.exists():
@@ -34,12 +36,16 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line."""
+        if not self.writes:
+            return
         self.lines.append(line)
         with (self.folder / self.name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def draw(self) -> None:
         """Write the picture of the losses so far."""
+        if not self.writes:
+            return
         new = self.folder / f".{CURVES}.new"
         new.write_text(curves(self.lines), encoding="utf-8")
         new.replace(self.folder / CURVES)  # not flushed to disk, which would take longer than drawing

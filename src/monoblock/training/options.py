@@ -19,6 +19,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 PROBLEMS = ("single-label", "multi-label", "regression")
 QUANTIZED = ("int8", "int4")
+PARALLEL = ("fsdp", "ddp")
 FRAMEWORKS = ("pt", "flax", "tf")
 FALLING = ("loss", "perplexity", "mse")  # metrics that are better if lower
 
@@ -179,6 +180,14 @@ class TrainingOptions:
     quantize: str | None = _option(
         None, "Weights under the adapter: int8 or int4 (QLoRA).", choices=QUANTIZED
     )
+    # Several processes
+    parallel: str | None = _option(
+        None,
+        "How processes share a model: fsdp divides weights, gradients and optimizer states, with ddp each has all; "
+        "default: fsdp, but ddp for embedding and with quantize.",
+        choices=PARALLEL,
+    )
+    tensor_parallel: int = _option(1, "Processes that divide each matrix (tensor parallelism).", least=1)
     # The hub
     revision: str | None = _option(None, "Branch, tag or commit of a model on the hub.")
     offline: bool = _option(False, "Use only files that are on this machine.")
@@ -220,6 +229,7 @@ class TrainingOptions:
                 self._refuse(name, "needs lora_rank")
         elif self.freeze:
             raise ValueError("freeze has no effect with lora_rank: only the adapter is trained; drop it")
+        self._check_processes()
         if self.quantize is not None and (self.merge or self.dora):
             name = "merge" if self.merge else "dora"
             raise ValueError(f"{name} needs unquantised weights: drop it or quantize={self.quantize}")
@@ -243,6 +253,28 @@ class TrainingOptions:
                 self._refuse(name, "needs framework=pt")
         if self.packing and self.task not in ("lm", "chat"):
             raise ValueError(f"packing is for the tasks lm and chat, not for {self.task}")
+
+    def _check_processes(self) -> None:
+        """Refuse what several processes cannot divide."""
+        whole = "embedding" if self.task == "embedding" else "quantize" if self.quantize is not None else None
+        if whole is not None and self.parallel == "fsdp":
+            raise ValueError(f"parallel=fsdp does not divide the weights of {whole}: use parallel=ddp")
+        if self.tensor_parallel == 1:
+            return
+        if self.task == "embedding":
+            raise ValueError(
+                "tensor_parallel does not divide the modules of task=embedding: use parallel=ddp alone"
+            )
+        if self.lora_rank is not None:
+            raise ValueError(
+                "tensor_parallel does not divide the matrices of an adapter: use parallel=fsdp with lora_rank"
+            )
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether several processes divide the weights of the model, by FSDP2."""
+        whole = self.task == "embedding" or self.quantize is not None
+        return self.parallel == "fsdp" or (self.parallel is None and not whole)
 
     def _refuse(self, name: str, why: str) -> None:
         if getattr(self, name) != DEFAULTS[name]:
@@ -313,7 +345,7 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
 
 # The tasks of all frameworks, and the options of PyTorch only.
 OF_ALL = ("lm", "classification")
-PYTORCH_ONLY = ("packing", "dtype", "freeze", "lora_rank")
+PYTORCH_ONLY = ("packing", "dtype", "freeze", "lora_rank", "parallel", "tensor_parallel")
 
 # The options of an evaluation.
 EVALUATION = (

@@ -26,11 +26,12 @@ from monoblock.pipelines import frameworks
 from monoblock.spec import Learned
 from monoblock.tokenization.auto import AutoTokenizer
 from monoblock.training import data
-from monoblock.training.checkpoints import FOLDER, Checkpoints, check_same
+from monoblock.training.checkpoints import FOLDER, SHARED, Checkpoints, SharedCheckpoints, check_same
 from monoblock.training.evaluation import evaluate
 from monoblock.training.log import SAMPLES, MetricsLog
 from monoblock.training.options import FALLING, MAX_LENGTH, TrainingOptions, write_recipe
 from monoblock.training.packing import packed
+from monoblock.training.processes import Processes, processes
 from monoblock.training.schedule import Plan, learning_rate
 from monoblock.training.tasks import make_task
 from monoblock.training.tasks.base import Example, NotFinite, Task
@@ -53,12 +54,15 @@ FREE = (
     "offline",
     "data",
     "model",
+    "parallel",
+    "tensor_parallel",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The state of a run after a step: its loss, tokens per second of this process, and the seconds that are left."""
+    """The state of a run after a step: its loss, tokens per second since it was started, and the seconds that are
+    left."""
 
     step: int
     steps: int
@@ -112,11 +116,13 @@ class _State:
 class Trainer:
     """Fine-tunes a model on a file.
 
-    The constructor checks options and data, before a model is loaded; `train` runs. ValueError: an option or the data
-    is wrong. FileNotFoundError: there is no such file.
+    The constructor checks options and data, before a model is loaded; `train` runs. In a program that torchrun started
+    in several processes, these train one model together, and the first one writes and shows. ValueError: an option or
+    the data is wrong. FileNotFoundError: there is no such file.
     """
 
-    def __init__(self, options: TrainingOptions) -> None:
+    def __init__(self, options: TrainingOptions, among: Processes | None = None) -> None:
+        """`among`: the processes of `monoblock.training.processes.processes`, if they are joined already."""
         for name in ("data", "output"):
             if getattr(options, name) is None:
                 raise ValueError(f"{name} is needed")
@@ -124,12 +130,18 @@ class Trainer:
         self.output = Path(str(options.output))
         if self.output.is_file():
             raise ValueError(f"output must be a folder, but {self.output} is a file")
+        self.processes = processes(options) if among is None else among
         self.task: Task = make_task(options)
         self.records = self.task.read(str(options.data))
         self.eval_records = (
             self.task.read(options.eval_data, train=False) if options.eval_data is not None else []
         )
-        self.checkpoints = Checkpoints(self.output, options.keep)
+        several = self.processes.size > 1
+        self.checkpoints = (
+            SharedCheckpoints(self.output, options.keep, self.processes)
+            if several
+            else Checkpoints(self.output, options.keep)
+        )
 
     def train(
         self,
@@ -143,14 +155,15 @@ class Trainer:
         after each step, `show_sample` for each sample of an evaluation. SIGINT and SIGTERM end the run after the step,
         with a checkpoint."""
         options, task = self.options, self.task
-        steps = self.checkpoints.steps()
+        several, first = self.processes.size > 1, self.processes.first
+        steps = self.processes.agreed(self.checkpoints.steps())
         if steps and not resume:
             raise ValueError(
                 f"{self.output} holds the checkpoints of another run: resume it, or choose another output"
             )
         prepared = prepare(options, task)
         examples = _examples(task, self.records, prepared)
-        if task.skipped:
+        if task.skipped and first:
             log.warning(
                 "%d of %d records have nothing to learn and are skipped", task.skipped, len(self.records)
             )
@@ -165,38 +178,64 @@ class Trainer:
         state, source = _State(), prepared.base
         if steps:
             stored = self.checkpoints.progress(steps[-1])
-            check_same(stored["options"], decisive, self.checkpoints.path(steps[-1]))
-            state, source = _State(**stored["state"]), str(self.checkpoints.path(steps[-1]))
-        learner = prepared.learner(task, options, prepared.fields, source=source, base=prepared.base)
-        if steps:
-            learner.restore(Path(source))
-        trained, total = learner.count()
-        log.info(
-            "%d examples in %d rows; %d of %d parameters are trained",
-            len(examples),
-            len(units),
-            trained,
-            total,
+            last = self.checkpoints.path(steps[-1])
+            check_same(stored["options"], decisive, last)
+            state = _State(**stored["state"])
+            if not (last / SHARED).is_dir():
+                source = str(last)
+            if several and state.best is not None and options.keep_best:
+                self._check_best()
+        among: dict[str, Any] = {"processes": self.processes} if several else {}
+        learner = prepared.learner(
+            task, options, prepared.fields, source=source, base=prepared.base, **among
         )
-        metrics = MetricsLog(self.output, until=state.step)
+        if steps:
+            learner.restore(self.checkpoints.path(steps[-1]))
+        trained, total = learner.count()
+        if first:
+            log.info(
+                "%d examples in %d rows; %d of %d parameters are trained",
+                len(examples),
+                len(units),
+                trained,
+                total,
+            )
+        metrics = MetricsLog(self.output, until=state.step, writes=first)
         run = TrainingRun(
-            options, task, plan, units, held, learner, state, self.checkpoints, metrics, decisive
+            options,
+            task,
+            plan,
+            units,
+            held,
+            learner,
+            state,
+            self.checkpoints,
+            metrics,
+            decisive,
+            self.processes,
         )
         if prompts:
-            samples = MetricsLog(self.output, until=state.step, name=SAMPLES)
+            samples = MetricsLog(self.output, until=state.step, name=SAMPLES, writes=first)
 
             def sample(text: str, ids: list[int]) -> None:
                 found = learner.generate(ids, options.sample_tokens)
                 decoded = task.tokenizer.decode(found, skip_special_tokens=True)
                 made = Sample(step=state.step, prompt=text, text=decoded)
                 samples.write(vars(made))
-                if show_sample is not None:
+                if show_sample is not None and first:
                     show_sample(made)
 
             run.samples = [functools.partial(sample, text, ids) for text, ids in prompts.items()]
-        with staged(self.output) as stage:
-            stage.write(RECIPE, write_recipe(options))
-        interrupted = run.steps(show)
+        if first:
+            with staged(self.output) as stage:
+                stage.write(RECIPE, write_recipe(options))
+        try:
+            interrupted = run.steps(show if first else None)
+        except ValueError:  # in all processes alike
+            self.checkpoints.finish()
+            raise
+        self.checkpoints.finish()
+        self.processes.agreed(None)  # the files are in place when a process goes on
         if interrupted is None:
             if options.keep_best and state.best is not None:
                 learner.load_weights(self.checkpoints.best)
@@ -204,6 +243,7 @@ class Trainer:
             learner.finish()
             learner.save(self.output)
         metrics.draw()
+        self.processes.agreed(None)
         return TrainingResult(
             output=self.output,
             step=state.step,
@@ -213,6 +253,14 @@ class Trainer:
             stopped_early=interrupted is None and state.step < plan.steps,
             interrupted=interrupted,
         )
+
+    def _check_best(self) -> None:
+        """ValueError: one process wrote the best weights so far, which several cannot load."""
+        best = self.checkpoints.best
+        if not (best / SHARED).is_dir():
+            raise ValueError(
+                f"{best} was written by one process, and keep_best would load it into several: resume in one process"
+            )
 
     def _divided(self, examples: list[Example], prepared: Prepared) -> tuple[list[Example], list[Example]]:
         """The examples for training and for evaluation."""
@@ -360,21 +408,23 @@ class TrainingRun:
         checkpoints: Checkpoints,
         metrics: MetricsLog,
         decisive: dict[str, Any],
+        among: Processes,
     ) -> None:
         self.options, self.task, self.plan, self.units, self.held = options, task, plan, units, held
         self.learner, self.state, self.checkpoints, self.metrics = learner, state, checkpoints, metrics
-        self.decisive = decisive
+        self.decisive, self.processes = decisive, among
         self.samples: list[Callable[[], None]] = []
 
     def steps(self, show: Callable[[Progress], None] | None) -> int | None:
         """Run the steps that are left; the number of a signal that ended them, else None."""
         state, plan, options = self.state, self.plan, self.options
         begin, first, tokens = time.monotonic(), state.step, 0
-        with _signals() as received:
+        with _signals(again=self.processes.size > 1) as received:
             if not state.step and self.held:  # what the model can do already
                 self._evaluate()
             while state.step < plan.steps and not state.stops(options.early_stopping):
                 tokens += self._step()
+                self.checkpoints.poll()
                 spent = max(time.monotonic() - begin, 1e-9)
                 self._log(spent)
                 if self.held and (self._due(options.eval_every) or state.step == plan.steps):
@@ -393,10 +443,11 @@ class TrainingRun:
                             seconds_left=left,
                         )
                     )
-                if received and not last:
+                # The processes end after the same step.
+                if self.processes.any(bool(received)) and not last:
                     if not saved:
                         self._save()
-                    return received[0]
+                    return received[0] if received else signal.SIGTERM
         return None
 
     def _step(self) -> int:
@@ -406,6 +457,7 @@ class TrainingRun:
         epoch = plan.epoch(state.step)
         batches = [[self._unit(index, epoch) for index in batch] for batch in rows]
         self.rate = learning_rate(self.options, state.step, plan.steps)
+        self.processes.seed_step(self.options.seed, state.step)
         try:
             state.loss, self.norm = self.learner.step(batches, self.rate)
         except NotFinite as error:
@@ -453,7 +505,9 @@ class TrainingRun:
 
     def _evaluate(self) -> None:
         state, options = self.state, self.options
-        state.metrics = evaluate(self.learner, self.task, self.held, options.batch_size)
+        state.metrics = evaluate(
+            self.learner, self.task, self.held, options.batch_size, processes=self.processes
+        )
         self.metrics.write(
             {"step": state.step, **{f"eval_{name}": value for name, value in state.metrics.items()}}
         )
@@ -468,12 +522,21 @@ class TrainingRun:
         if state.best is None or sign * value > sign * state.best:
             state.best, state.best_metrics, state.worse = value, state.metrics, 0
             if options.keep_best:
-                self.checkpoints.write_best(self.learner.save)
+                self.checkpoints.write_best(self._best)
         else:
             state.worse += 1
 
+    def _best(self, folder: Path) -> Any:
+        if self.processes.size > 1:
+            return self.learner.start_saving(folder, weights_only=True)
+        return self.learner.save(folder)
+
     def _save(self) -> None:
-        progress = {"step": self.state.step, "state": vars(self.state), "options": self.decisive}
+        progress = {"step": self.state.step, "state": dict(vars(self.state)), "options": self.decisive}
+        if isinstance(self.checkpoints, SharedCheckpoints):
+            self.checkpoints.start(self.state.step, progress, self.learner.start_saving)
+            self.metrics.draw()
+            return
 
         def save(folder: Path) -> None:
             self.learner.save(folder)
@@ -484,8 +547,9 @@ class TrainingRun:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The numbers of the signals SIGINT and SIGTERM received in the block; a second one has its usual effect."""
+def _signals(again: bool = False) -> Iterator[list[int]]:
+    """The numbers of the signals SIGINT and SIGTERM received in the block. A second one has its usual effect, unless
+    `again`: a launcher passes on to its processes what they may have received themselves."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -496,7 +560,7 @@ def _signals() -> Iterator[list[int]]:
     def receive(number: int, frame: Any) -> None:
         del frame
         received.append(number)
-        for one in numbers:
+        for one in () if again else numbers:
             signal.signal(one, old[one] if old[one] is not None else signal.SIG_DFL)
 
     for number in numbers:

@@ -140,15 +140,15 @@ class AdapterMixin:
                 raise ValueError(f"there is no adapter {name!r}; there are: {', '.join(self._adapters())}")
         return found
 
-    def save_adapter(self: Any, folder: Path) -> None:
-        """Write the chosen adapter as peft does: its config, and its weights in safetensors."""
+    def save_adapter(self: Any, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write the chosen adapter as peft does: its config, and its weights in safetensors. `state_dict`: weights to
+        write instead of the model's, by peft's names."""
         from safetensors.torch import save_file
 
         name = self.active_adapters()[0]
         config = self.peft_config[name]
-        state = {
-            f"base_model.model.{key}": x.contiguous() for key, x in self.get_adapter_state_dict(name).items()
-        }
+        found = self.get_adapter_state_dict(name) if state_dict is None else state_dict
+        state = {f"base_model.model.{key}": x.contiguous() for key, x in found.items()}
         with staged(folder) as stage:
             config.save_pretrained(str(stage.files))
             save_file(state, str(stage.files / "adapter_model.safetensors"), metadata={"format": "pt"})

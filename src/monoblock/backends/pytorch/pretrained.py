@@ -507,16 +507,20 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
                 self.refuse_sharded("save_pretrained with state_dict=, push_to_hub= or quantised weights")
             with shards.whole_tensors(self, group) as whole:
                 if whole is not None:
-                    self._write(folder, whole, max_shard_size, variant)
+                    self.write_tensors(folder, whole, max_shard_size, variant)
             group.agreed(0, everywhere=True)  # no process returns before the files are written
             return
         tensors = self.hub_state_dict() if state_dict is None else self.file_names(state_dict)
-        self._write(folder, tensors, max_shard_size, variant)
+        self.write_tensors(folder, tensors, max_shard_size, variant)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), token=token, **kwargs)
 
-    def _write(
-        self, folder: Path, tensors: Mapping[str, Any], max_shard_size: int | str, variant: str | None
+    def write_tensors(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Any],
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
     ) -> None:
         """Write the files of `save_pretrained` with these tensors."""
         self.config.architectures = [self.config.stored_class(self.row.name)]

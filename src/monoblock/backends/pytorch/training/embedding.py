@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from monoblock.backends.pytorch.training import batches
 from monoblock.backends.pytorch.training.learner import Learner, Units
 from monoblock.embeddings.model import SentenceTransformer
+from monoblock.training.checkpoints import SHARED
 from monoblock.training.tasks.base import Example, TokenRow
+
+if TYPE_CHECKING:
+    from monoblock.backends.pytorch.training.shared import SharedModel
 
 
 class EmbeddingLearner(Learner):
@@ -40,9 +44,38 @@ class EmbeddingLearner(Learner):
         """The parameters of all modules by name."""
         return dict(self.encoder.named_parameters())
 
+    def _share(self, model: Any) -> SharedModel:
+        from monoblock.backends.pytorch.training.shared import SharedModel
+
+        return SharedModel(self.processes, self.options, model, self.encoder)
+
     def _loss(self, batch: Units) -> Tensor:
         examples = [unit[0] for unit in batch]
         return self._summed(examples, *self._encodings(examples))
+
+    def _loss_of_rows(self, batch: Units, rows: slice) -> Tensor:
+        """The loss of the whole batch in the first process, whose other vectors come from the others, and 0 in these;
+        all have the gradients of their rows."""
+        from monoblock.backends.pytorch.training.shared import joined_rows
+
+        assert self.shared is not None
+        examples = [unit[0] for unit in batch]
+        own = examples[rows] or examples[:1]
+        anchors_aw, candidates_cw = self._encodings(own)
+        parts = [examples[self.shared.rows(len(examples), row)] for row in range(self.processes.rows)]
+        counts = [len(part) for part in parts]
+        negatives = [sum(len(example.rows) - 2 for example in part) for part in parts]
+        row, count = self.processes.row, len(own)
+        found = [
+            joined_rows(x, sizes, self.processes)
+            for x, sizes in (
+                (anchors_aw[: counts[row]], counts),
+                (candidates_cw[: counts[row]], counts),
+                (candidates_cw[count : count + negatives[row]], negatives),
+            )
+        ]
+        loss = self._summed(examples, found[0], torch.cat(found[1:]))
+        return loss if row == 0 else loss - loss.detach()
 
     def _evaluated(self, batch: Units) -> tuple[float, list[Any]]:
         """The outputs of each example: whether its positive is the nearest of the batch (None for pairs with scores),
@@ -113,10 +146,14 @@ class EmbeddingLearner(Learner):
 
     def save(self, folder: Path) -> None:
         """Write the folder that `SentenceTransformer` loads."""
-        self.encoder.save_pretrained(folder)
+        if self.processes.first:  # each process holds the whole encoder
+            self.encoder.save_pretrained(folder)
 
     def load_weights(self, folder: Path) -> None:
-        """Set the weights to those of a folder that `save` wrote."""
+        """Set the weights to those of a folder that `save` or `start_saving` wrote."""
+        if (folder / SHARED).is_dir():
+            self._load_shared(folder)
+            return
         other = SentenceTransformer(folder, device=self.device, dtype=self.options.dtype, framework="pt")
         stored = dict(other.named_parameters())
         with torch.no_grad():

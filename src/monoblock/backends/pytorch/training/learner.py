@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import monoblock
+from monoblock.backends.pytorch.parallel.layout import TensorLayout, local
 from monoblock.backends.pytorch.pipeline_adapter import found_device
 from monoblock.backends.pytorch.training import batches, lora, losses, memory
 from monoblock.backends.pytorch.training.optimizer import Optimizer, random_state, restore_random_state
 from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
+from monoblock.errors import CheckpointError
 from monoblock.seeds import set_seed
+from monoblock.training.checkpoints import SHARED
 from monoblock.training.options import TrainingOptions
 from monoblock.training.padding import pad_id
+from monoblock.training.processes import Processes
 from monoblock.training.tasks.base import Example, NotFinite, Task, TokenRow
+
+if TYPE_CHECKING:
+    from monoblock.backends.pytorch.training.processes import TorchProcesses
+    from monoblock.backends.pytorch.training.shared import SharedModel
+    from monoblock.backends.pytorch.training.shared_files import Held
 
 _STATE = "training"  # the subfolder of a checkpoint with optimizer and random states
 _RANDOM = "random:"
+_WEIGHTS, _OPTIMIZER = "weights:", "optimizer:"  # names of tensors in files of several processes
 
 Units = Sequence[Sequence[Example]]
 
@@ -34,8 +44,10 @@ class Learner:
     """A model that is trained, or only evaluated (`train=False`).
 
     `source`: the folder or name of the weights; `base`: those under an adapter, whose files are in `source` if it
-    differs. `fields`: of the config.
+    differs. `fields`: of the config. `processes`: those that train it.
     """
+
+    shared: SharedModel | None = None  # of several processes
 
     def __init__(
         self,
@@ -46,10 +58,15 @@ class Learner:
         source: str,
         base: str,
         train: bool = True,
+        processes: Processes | None = None,
     ) -> None:
         self.task, self.options, self.base = task, options, base
+        self.processes: Any = processes or Processes()
         set_seed(options.seed)
-        self.device = found_device(None if options.device == "auto" else options.device)
+        if self.processes.size > 1:
+            self.device: torch.device = self.processes.device
+        else:
+            self.device = found_device(None if options.device == "auto" else options.device)
         adapted = train and options.lora_rank is not None
         self.model: Any = self._load(base if adapted else source, fields)
         self.tokenizer = task.tokenizer
@@ -65,6 +82,8 @@ class Learner:
             options["ignore_mismatched_sizes"] = True
         if self.options.quantize is not None:
             options["quantization_config"] = self.options.quantize
+        if self.options.tensor_parallel > 1:
+            options |= {"tp_plan": "auto", "device_mesh": self.processes.group.mesh}
         return auto.from_pretrained(source, **options, **fields).to(self.device)
 
     def _prepare(self, adapter: str | None) -> None:
@@ -95,9 +114,21 @@ class Learner:
                 memory.return_large_blocks()
             model.gradient_checkpointing_enable()
         model.train()
-        self.optimizer = Optimizer(parameters, options)
+        if self.processes.size > 1:
+            self.shared = self._share(model)
+        self.optimizer = Optimizer(self.parameters(), options)
         # Again, so that dropout does not depend on how many weights were initialised.
         set_seed(options.seed)
+
+    def _share(self, model: Any) -> SharedModel:
+        """Divide a model over the processes, or prepare its copies."""
+        from monoblock.backends.pytorch.training.shared import SharedModel
+
+        return SharedModel(self.processes, self.options, model)
+
+    def _run(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that calls the model; several processes run it together."""
+        return function() if self.shared is None else self.shared.run(function)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters by name."""
@@ -105,8 +136,16 @@ class Learner:
 
     def count(self) -> tuple[int, int]:
         """The numbers of parameters: trained, and all."""
-        trained = sum(p.numel() for p in self.parameters().values() if p.requires_grad)
-        return trained, max(trained, self.model.num_parameters())
+        sizes = {name: math.prod(self._layout(name, p).shape) for name, p in self.parameters().items()}
+        trained = sum(sizes[name] for name, p in self.parameters().items() if p.requires_grad)
+        every = self.model.num_parameters() if self.model.tensor_group is None else sum(sizes.values())
+        return trained, max(trained, every)
+
+    def _layout(self, name: str, parameter: Tensor) -> TensorLayout:
+        """The part of a parameter that this process holds."""
+        if self.shared is None:
+            return TensorLayout.whole(tuple(parameter.shape))
+        return self.shared.layout(name, parameter)
 
     # ------------------------------------------------------------------ steps
 
@@ -115,6 +154,20 @@ class Learner:
         before clipping. NotFinite, before the weights change: one of them is no finite number."""
         assert self.optimizer is not None
         count = max(1, sum(self.task.weight(e) for batch in units for unit in batch for e in unit))
+        parameters = self.optimizer.parameters.values()
+        if self.shared is not None:
+            total = self.shared.backward(units, self._loss_of_rows, count, parameters)
+            norm = self.shared.gradient_norm(parameters)
+        else:
+            total = self._backward(units, count)
+            norm = self.optimizer.gradient_norm()
+        if not math.isfinite(norm):
+            raise NotFinite(f"the norm of the gradients is {norm}")
+        self.optimizer.step(learning_rate)
+        return total, norm
+
+    def _backward(self, units: Sequence[Units], count: int) -> float:
+        """Add the gradients of the sum of the batches' losses divided by `count`, and return this loss."""
         total = 0.0
         for number, batch in enumerate(units):
             loss = self._loss(batch) / count
@@ -123,11 +176,13 @@ class Learner:
                 raise NotFinite(f"the loss is {value}", number)
             loss.backward()
             total += value
-        norm = self.optimizer.gradient_norm()
-        if not math.isfinite(norm):
-            raise NotFinite(f"the norm of the gradients is {norm}")
-        self.optimizer.step(learning_rate)
-        return total, norm
+        return total
+
+    def _loss_of_rows(self, batch: Units, rows: slice) -> Tensor:
+        """The sum of the losses of some rows of a batch. Without rows it is 0, and has gradients that are 0, since all
+        processes exchange gradients."""
+        own = batch[rows]
+        return self._loss(own) if own else self._loss(batch[:1]) * 0
 
     def _loss(self, batch: Units) -> Tensor:
         """The sum of a batch's losses."""
@@ -153,7 +208,7 @@ class Learner:
         self.model.eval()
         try:
             with torch.no_grad():
-                return self._evaluated([[example] for example in examples])
+                return self._run(lambda: self._evaluated([[example] for example in examples]))
         finally:
             self.model.train(training)
 
@@ -179,13 +234,15 @@ class Learner:
         self.model.eval()
         try:
             prompt = torch.tensor([list(ids)], device=self.device)
-            found = self.model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=self.pad,
+            found = self._run(
+                lambda: self.model.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    pad_token_id=self.pad,
+                )
             )
         finally:
             self.model.train(training)
@@ -194,9 +251,13 @@ class Learner:
     # ------------------------------------------------------------------ files
 
     def save(self, folder: Path) -> None:
-        """Write the model, or its adapter, and the tokenizer."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write the model, or its adapter, and the tokenizer. All processes call it."""
+        if self.shared is not None:
+            self.shared.save(folder)
+        else:
+            self.model.save_pretrained(folder)
+        if self.processes.first:
+            self.tokenizer.save_pretrained(folder)
 
     def finish(self) -> None:
         """Merge the adapter, if that is an option."""
@@ -210,17 +271,85 @@ class Learner:
         state |= {f"{_RANDOM}{name}": value for name, value in random_state(self.device).items()}
         save_tensors(folder / _STATE, {name: x.cpu().clone() for name, x in state.items()}, framework="pt")
 
-    def restore(self, folder: Path) -> None:
-        """Set the states of a checkpoint, whose weights are loaded already."""
+    def start_saving(self, folder: Path, *, weights_only: bool = False) -> Any:
+        """Begin to write weights and optimizer as files of several processes; the future of the end."""
+        from monoblock.backends.pytorch.training import shared_files
+
         assert self.optimizer is not None
+        states = self._weights()
+        if not weights_only:
+            for key, value in self.optimizer.state().items():
+                states[f"{_OPTIMIZER}{key}"] = shared_files.Held(self._layout_of_state(key), value)
+        return shared_files.start(folder, states, self.processes.files)
+
+    def _weights(self) -> dict[str, Held]:
+        """The weights by their names in files of several processes; of an adapter, only what is trained."""
+        from monoblock.backends.pytorch.training.shared_files import Held
+
+        adapter = self.options.lora_rank is not None
+        return {
+            f"{_WEIGHTS}{name}": Held(self._layout(name, parameter), local(parameter))
+            for name, parameter in self.parameters().items()
+            if parameter.requires_grad or not adapter
+        }
+
+    def _layout_of_state(self, key: str) -> TensorLayout:
+        """The part of a state of the optimizer, `parameter/state`, that this process holds."""
+        assert self.optimizer is not None
+        name, _, part = key.rpartition("/")
+        if name not in self.optimizer.parameters:
+            raise CheckpointError(f"the checkpoint's optimizer has {key!r}, which this run does not train")
+        return TensorLayout.whole(()) if part == "step" else self._layout(name, self.parameters()[name])
+
+    def restore(self, folder: Path) -> None:
+        """Set the states of a checkpoint. Its weights are loaded already, if one process wrote it."""
+        assert self.optimizer is not None
+        if (folder / SHARED).is_dir():
+            self._restore_shared(folder)
+            return
         store = open_store(find_weights(folder / _STATE), "pt")
-        state: dict[str, Tensor] = {name: store.tensor(name).clone() for name in store}
+        state: dict[str, Tensor] = {}
+        for key in store:
+            if self.shared is None or key.startswith(_RANDOM):
+                state[key] = store.tensor(key).clone()
+                continue
+            layout = self._layout_of_state(key)
+            own = () if not layout.shape else local(self.parameters()[key.rpartition("/")[0]]).shape
+            state[key] = torch.empty(own, dtype=store.tensor(key).dtype)
+            layout.copy(store.tensor(key), state[key])
         random = {name.removeprefix(_RANDOM): x for name, x in state.items() if name.startswith(_RANDOM)}
         self.optimizer.restore({name: x for name, x in state.items() if not name.startswith(_RANDOM)})
-        restore_random_state(random, self.device)
+        if self.shared is None:  # several processes set their generators in each step
+            restore_random_state(random, self.device)
+
+    def _restore_shared(self, folder: Path) -> None:
+        """Set weights and optimizer to those that several processes wrote; a single process keeps its generators."""
+        from monoblock.backends.pytorch.training import shared_files
+
+        assert self.optimizer is not None
+        self._load_shared(folder)
+        states: dict[str, Held] = {}
+        for key, (_, dtype) in shared_files.stored(folder).items():
+            if key.startswith(_OPTIMIZER):
+                name = key.removeprefix(_OPTIMIZER)
+                layout = self._layout_of_state(name)
+                own = () if not layout.shape else local(self.parameters()[name.rpartition("/")[0]]).shape
+                states[key] = shared_files.Held(layout, torch.empty(own, dtype=dtype))
+        shared_files.read(folder, states, getattr(self.processes, "files", None))
+        self.optimizer.restore(
+            {key.removeprefix(_OPTIMIZER): held.tensor for key, held in states.items()}
+        )
+
+    def _load_shared(self, folder: Path) -> None:
+        from monoblock.backends.pytorch.training import shared_files
+
+        shared_files.read(folder, self._weights(), getattr(self.processes, "files", None))
 
     def load_weights(self, folder: Path) -> None:
-        """Set the weights, or those of the adapter, to those of a folder that `save` wrote."""
+        """Set the weights, or those of the adapter, to those of a folder that `save` or `start_saving` wrote."""
+        if (folder / SHARED).is_dir():
+            self._load_shared(folder)
+            return
         if self.options.lora_rank is not None:
             lora.set_weights(self.model, folder)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from monoblock.backends.pytorch.parallel.layout import local
 from monoblock.errors import CheckpointError
 from monoblock.training.decay import decays
 from monoblock.training.options import TrainingOptions
@@ -42,7 +44,8 @@ def split(values: Tensor, high: Tensor, low: Tensor) -> None:
 class Optimizer:
     """Steps of AdamW (Loshchilov and Hutter, arXiv 1711.05101). A step of a bfloat16 parameter updates a float32 copy,
     since most steps are smaller than half a unit of bfloat16's last bit. Of the copy only the lower 16 bits are kept,
-    less the carry of rounding: the parameter is the upper half."""
+    less the carry of rounding: the parameter is the upper half. Of a parameter that FSDP2 divides, this process updates
+    its part, and has the state of that."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], options: TrainingOptions) -> None:
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -51,7 +54,7 @@ class Optimizer:
                 raise ValueError(f"{name} is {parameter.dtype}; training takes float32 or bfloat16")
         # Contiguous, whatever the parameter's strides: slices are taken of the rows of both.
         self.lows = {
-            name: torch.zeros(p.shape, dtype=torch.int16, device=p.device)
+            name: torch.zeros(local(p).shape, dtype=torch.int16, device=p.device)
             for name, p in self.parameters.items()
             if p.dtype == torch.bfloat16
         }
@@ -82,7 +85,7 @@ class Optimizer:
         """The step of some parameters."""
         for name in names:
             if name not in self.moments:
-                like = self.parameters[name]
+                like = local(self.parameters[name])
                 self.moments[name] = Moments(
                     torch.zeros((), device=like.device if self.fused else None),
                     torch.zeros(like.shape, device=like.device),
@@ -91,8 +94,8 @@ class Optimizer:
         exact = [name for name in names if name not in self.lows]
         if exact:
             self._adamw(
-                [self.parameters[name] for name in exact],
-                [self.parameters[name].grad for name in exact],
+                [local(self.parameters[name]) for name in exact],
+                [local(_gradient(self.parameters[name])) for name in exact],
                 [self.moments[name] for name in exact],
                 learning_rate,
                 weight_decay,
@@ -104,12 +107,12 @@ class Optimizer:
     def _update_halves(self, name: str, learning_rate: float, weight_decay: float) -> None:
         """The step of a bfloat16 parameter, by rows: a slice of all its states stays in the cache."""
         parameter, moments = self.parameters[name], self.moments[name]
-        assert parameter.grad is not None
-        whole = [parameter.detach(), self.lows[name], parameter.grad, moments.exp_avg, moments.exp_avg_sq]
+        gradient = local(_gradient(parameter))
+        whole = [local(parameter), self.lows[name], gradient, moments.exp_avg, moments.exp_avg_sq]
         if parameter.ndim == 0:
             whole = [x[None] for x in whole]
-        rows = max(1, SLICE // max(1, whole[0][0].numel()))
-        step = moments.step
+        rows = max(1, SLICE // max(1, math.prod(whole[0].shape[1:])))
+        step = moments.step + (0 if len(whole[0]) else 1)
         for start in range(0, len(whole[0]), rows):
             own, low, gradient, mean, square = (x[start : start + rows] for x in whole)
             master, step = joined(own, low), moments.step.clone()
@@ -151,7 +154,7 @@ class Optimizer:
         found: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if name in self.lows:
-                found[f"{name}/master"] = joined(parameter.detach(), self.lows[name])
+                found[f"{name}/master"] = joined(local(parameter), self.lows[name])
             if name in self.moments:
                 found |= {f"{name}/{key}": value for key, value in self.moments[name]._asdict().items()}
         return found
@@ -165,7 +168,7 @@ class Optimizer:
                 raise CheckpointError(
                     f"the checkpoint's optimizer has {key!r}, which this run does not train"
                 )
-            shape = () if part == "step" else tuple(self.parameters[name].shape)
+            shape = () if part == "step" else tuple(local(self.parameters[name]).shape)
             if tuple(value.shape) != shape or value.dtype != torch.float32:
                 raise CheckpointError(
                     f"the checkpoint's {key!r} is {tuple(value.shape)} of {value.dtype}, expected {shape} of float32"
@@ -180,7 +183,7 @@ class Optimizer:
                         f"the checkpoint's optimizer is of weights in another dtype than {parameter.dtype}: {name}"
                     )
                 if stored is not None:
-                    split(stored.to(parameter.device), parameter.detach(), self.lows[name])
+                    split(stored.to(parameter.device), local(parameter), self.lows[name])
                 if parts and parts.keys() != set(Moments._fields):
                     raise CheckpointError(f"the checkpoint's optimizer lacks a state of {name!r}")
                 if parts:
@@ -190,6 +193,11 @@ class Optimizer:
                             for key, value in parts.items()
                         }
                     )
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

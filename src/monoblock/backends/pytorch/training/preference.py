@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,23 @@ from monoblock.backends.pytorch import heads
 from monoblock.backends.pytorch.training.learner import Learner, Units
 from monoblock.training.tasks.base import IGNORED
 
+if TYPE_CHECKING:
+    from monoblock.backends.pytorch.training.shared import SharedModel
+
 
 class PreferenceLearner(Learner):
     """Trains a language model against a frozen reference: the same model before training, without its adapter if it has
     one."""
 
     reference: Any = None
+    shared_reference: SharedModel | None = None
 
     def _prepare(self, adapter: str | None) -> None:
         super()._prepare(adapter)
         if self.options.lora_rank is None:
             self.reference = self._load(self.base, {}).eval().requires_grad_(False)
+            if self.processes.size > 1:
+                self.shared_reference = self._share(self.reference)
 
     def _loss(self, batch: Units) -> Tensor:
         return -F.logsigmoid(self._margins(batch)).sum()
@@ -41,7 +47,12 @@ class PreferenceLearner(Learner):
         assert labels_bs is not None
         own_b = log_probabilities(self.model, given, labels_bs)
         with torch.no_grad(), self._as_reference() as model:
-            reference_b = log_probabilities(model, given, labels_bs)
+            share = self.shared_reference
+            reference_b = (
+                log_probabilities(model, given, labels_bs)
+                if share is None
+                else share.run(lambda: log_probabilities(model, given, labels_bs))
+            )
         chosen_b, rejected_b = (own_b - reference_b).chunk(2)
         return self.options.dpo_beta * (chosen_b - rejected_b)
 
