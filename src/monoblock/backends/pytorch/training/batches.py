@@ -14,10 +14,13 @@ from monoblock.training.padding import padded
 from monoblock.training.tasks.base import Example, TokenRow
 
 
-def inputs(rows: Sequence[Sequence[TokenRow]], model: Any, pad: int) -> tuple[dict[str, Any], Tensor | None]:
-    """The arguments of the model for rows of one or several packed texts, padded on the right, and the labels of their
-    tokens (rows, tokens). Positions restart at each text of a packed row, which separates it from the others."""
-    found = padded(rows, pad)
+def inputs(
+    rows: Sequence[Sequence[TokenRow]], model: Any, pad: int, length: int | None = None
+) -> tuple[dict[str, Any], Tensor | None]:
+    """The arguments of the model for rows of one or several packed texts, padded on the right to `length` or to the
+    longest, and the labels of their tokens (rows, tokens). Positions restart at each text of a packed row, which
+    separates it from the others."""
+    found = padded(rows, pad, length)
     spec, device = model.spec, model.device
 
     def tensor(array: np.ndarray) -> Tensor:

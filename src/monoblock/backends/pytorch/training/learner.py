@@ -48,6 +48,7 @@ class Learner:
     """
 
     shared: SharedModel | None = None  # of several processes
+    padded_to: int | None = None  # the number of tokens of a row; None: as many as the longest
 
     def __init__(
         self,
@@ -182,7 +183,12 @@ class Learner:
         """The sum of the losses of some rows of a batch. Without rows it is 0, and has gradients that are 0, since all
         processes exchange gradients."""
         own = batch[rows]
-        return self._loss(own) if own else self._loss(batch[:1]) * 0
+        if len(self.task.targets) > 1:  # the softmax of a span is over all tokens, padding too
+            self.padded_to = max(example.tokens for unit in batch for example in unit)
+        try:
+            return self._loss(own) if own else self._loss(batch[:1]) * 0
+        finally:
+            self.padded_to = None
 
     def _loss(self, batch: Units) -> Tensor:
         """The sum of a batch's losses."""
@@ -197,7 +203,7 @@ class Learner:
 
     def _tensors(self, rows: Sequence[Sequence[TokenRow]]) -> tuple[dict[str, Any], Tensor | None]:
         """The model's arguments, and the labels of tokens."""
-        given, labels = batches.inputs(rows, self.model, self.pad)
+        given, labels = batches.inputs(rows, self.model, self.pad, self.padded_to)
         if "use_cache" in self.model.row.forward.split():
             given["use_cache"] = False
         return given, labels
