@@ -240,16 +240,17 @@ class Learner:
         self.model.eval()
         try:
             prompt = torch.tensor([list(ids)], device=self.device)
-            found = self._run(
-                lambda: self.model.generate(
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    pad_token_id=self.pad,
+            with torch.no_grad():
+                found = self._run(
+                    lambda: self.model.generate(
+                        input_ids=prompt,
+                        attention_mask=torch.ones_like(prompt),
+                        max_new_tokens=tokens,
+                        do_sample=False,
+                        num_beams=1,
+                        pad_token_id=self.pad,
+                    )
                 )
-            )
         finally:
             self.model.train(training)
         return found[0, len(ids) :].tolist()
