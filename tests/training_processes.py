@@ -20,15 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_multiprocess
-import training_runs
-from training_runs import jsonl, sentences
 
 from monoblock.training import Trainer, TrainingOptions
 from monoblock.training.trainer import TrainingRun
 
 STEADY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-WIDER = {"intermediate_size": 48}  # for the tensor axis of 2 and 4
 
 # Class, fields of the config, options. Without dropout, whose random numbers depend on the number of processes.
 TASKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -46,6 +42,8 @@ TASKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 def rows(task: str, count: int) -> list[dict[str, Any]]:
     """Records of a task."""
+    from training_runs import sentences
+
     texts = sentences(count)
     if task == "chat":
         return [
@@ -77,10 +75,12 @@ def rows(task: str, count: int) -> list[dict[str, Any]]:
 
 def prepare(at: Path, name: str, count: int = 40) -> tuple[Path, Path, dict[str, Any]]:
     """A model and a data file for a task, and the options."""
+    import training_runs  # imports transformers, which the processes do not need
+
     cls, more, options = TASKS[name]
     task = options.get("task", name)
     model = training_runs.folder(at / f"{name}-model", cls, **more)
-    data = jsonl(at / f"{name}.jsonl", rows(task, count))
+    data = training_runs.jsonl(at / f"{name}.jsonl", rows(task, count))
     return model, data, {"task": task, **options}
 
 
@@ -117,9 +117,11 @@ def _signal_after(where: Sequence[int] | None, rank: int) -> None:
 
 
 def train(
-    folder: Path, world: int, jobs: Sequence[dict[str, Any]], seconds: float = 100
+    folder: Path, world: int, jobs: Sequence[dict[str, Any]], seconds: float = 300
 ) -> list[list[dict[str, Any]]]:
     """The results of jobs by rank, in that many processes."""
+    import torch_multiprocess
+
     folder.mkdir(parents=True, exist_ok=True)
     plain = [{**job, "options": job["options"].to_dict()} for job in jobs]
     (folder / "jobs.json").write_text(json.dumps(plain))

@@ -3,6 +3,7 @@ of the tensors, and any number of processes reads them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -152,7 +153,9 @@ def read(folder: Path, states: Mapping[str, Held], group: Any) -> None:
     files = dcp.FileSystemReader(folder / SHARED)
     planner = _Reading(states)
     try:
-        dcp.load({}, storage_reader=files, planner=planner, process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process reads, which is meant
+            dcp.load({}, storage_reader=files, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         raise CheckpointError(f"{folder} is not readable: {_reason(error)}") from error
 
