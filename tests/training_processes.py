@@ -2,9 +2,9 @@
 
     python training_processes.py FOLDER SECONDS        (in the environment of torchrun)
 
-FOLDER/jobs.json is a list of runs: their options, whether they resume, and perhaps the process that receives SIGTERM, and
-after which step. The process writes FOLDER/RANK.json with the result or the error of each, and exits after at most
-SECONDS.
+FOLDER/jobs.json is a list of runs: their options, whether they resume, and perhaps the process that receives SIGTERM
+("signal"), or fails ("fail"), and after which step; or a folder into which the states are written again after the
+last step ("copy"). The process writes FOLDER/RANK.json with the result or the error of each, and exits after at most SECONDS.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank, found = int(os.environ["RANK"]), []
     for job in json.loads((folder / "jobs.json").read_text()):
-        _signal_after(job.get("signal"), rank)
+        _disturb(rank, job.get("signal"), job.get("fail"), job.get("copy"))
         try:
             result = Trainer(TrainingOptions(**job["options"])).train(resume=job.get("resume", False))
             found.append({"step": result.step, "loss": result.loss, "interrupted": result.interrupted})
@@ -98,19 +98,29 @@ def main(folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
-_step = TrainingRun._step
+_step, _steps = TrainingRun._step, TrainingRun.steps
 
 
-def _signal_after(where: Sequence[int] | None, rank: int) -> None:
-    """Send SIGTERM to the process of that rank after that step."""
+def _disturb(rank: int, signalled: Any, fails: Any, copy: str | None) -> None:
+    """Send SIGTERM to the process of a rank after a step, or let it fail, or write the states again at the end."""
 
     def step(self: TrainingRun) -> int:
         tokens = _step(self)
-        if where is not None and [rank, self.state.step] == list(where):
+        if [rank, self.state.step] == signalled:
             os.kill(os.getpid(), signal.SIGTERM)
+        if [rank, self.state.step] == fails:
+            print("out of luck", flush=True)
+            os._exit(1)
         return tokens
 
-    TrainingRun._step = step
+    def steps(self: TrainingRun, show: Any) -> int | None:
+        found = _steps(self, show)
+        if copy is not None:
+            self.checkpoints.finish()
+            self.learner.start_saving(Path(copy)).result()
+        return found
+
+    TrainingRun._step, TrainingRun.steps = step, steps
 
 
 # ---------------------------------------------------------------------------- in the test
