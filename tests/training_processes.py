@@ -4,7 +4,8 @@
 
 FOLDER/jobs.json is a list of runs: their options, whether they resume, and perhaps the process that receives SIGTERM
 ("signal"), or fails ("fail"), and after which step; or a folder into which the states are written again after the
-last step ("copy"). The process writes FOLDER/RANK.json with the result or the error of each, and exits after at most SECONDS.
+last step ("copy"). The process writes FOLDER/RANK.json with the result or the error of each, and exits after at most
+SECONDS.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ import transformers
 from safetensors.torch import load_file
 from training_runs import losses, metrics
 
-from monoblock.backends.pytorch.training import shared_files
 from monoblock.backends.pytorch.parallel.layout import TensorLayout
+from monoblock.backends.pytorch.training import shared_files
 from monoblock.training import Trainer
 from monoblock.training.checkpoints import SHARED, Checkpoints
 
@@ -53,7 +53,7 @@ ONE_PROCESS = ("parallel", "tensor_parallel")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[dict[str, Any]]]]:
     """The folder with the runs in one process and in four, and the results of each of the four."""
     at = tmp_path_factory.mktemp("tasks")
     jobs: list[dict[str, Any]] = []
@@ -66,7 +66,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
         if not plain.exists():
             one = {name: value for name, value in more.items() if name not in ONE_PROCESS}
             training_runs.run(model, data, plain, **base, **own, **one)
-        jobs.append({"options": training_runs.options(model, data, at / f"{task} {mode}", **base, **own, **more)})
+        jobs.append(
+            {"options": training_runs.options(model, data, at / f"{task} {mode}", **base, **own, **more)}
+        )
     for name, (task, more, _) in OTHERS.items():
         model, data, own = made[task]
         given = {**base, **own, **more}
@@ -104,7 +106,10 @@ def test_options_on_four_processes(results: Any, name: str) -> None:
         steps = [line["step"] for line in metrics(at / name) if "loss" in line]
         assert 0 < len(steps) < 12
     if name == "frozen":
-        before, after = load_file(at / "lm-model" / "model.safetensors"), load_file(at / name / "model.safetensors")
+        before, after = (
+            load_file(at / "lm-model" / "model.safetensors"),
+            load_file(at / name / "model.safetensors"),
+        )
         changed = {key for key in after if not torch.equal(before[key], after[key])}
         assert changed == {key for key in after if not (key.startswith("transformer.w") or ".h.0." in key)}
 
@@ -174,8 +179,8 @@ STEPS: dict[str, Any] = {"max_steps": 20, "batch_size": 8, "learning_rate": 1e-3
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_process_is_killed_on_four_and_two_resume(prepared: Any, seed: int, tmp_path: Path) -> None:
-    """At a random step of 20: the loss curve is that of one process that is not broken, and the exported folder opens in
-    transformers with the weights of the last checkpoint, bit for bit."""
+    """At a random step of 20: the loss curve is that of one process that is not broken, and the exported folder opens
+    in transformers with the weights of the last checkpoint, bit for bit."""
     at, model, data = prepared
     if not (at / "whole").exists():
         training_runs.run(model, data, at / "whole", **STEPS)
@@ -290,7 +295,9 @@ def test_errors_are_told_once(prepared: Any, tmp_path: Path) -> None:
 
 def test_a_signal_to_the_launcher_saves(prepared: Any, tmp_path: Path) -> None:
     _, model, data = prepared
-    found = launched(2, command(model, data, tmp_path / "out", **(STEPS | {"max_steps": 4000, "save_every": 4000})))
+    found = launched(
+        2, command(model, data, tmp_path / "out", **(STEPS | {"max_steps": 4000, "save_every": 4000}))
+    )
     until(tmp_path / "out", 3)
     found.send_signal(signal.SIGINT)
     text = found.communicate(timeout=100)[0]

@@ -135,7 +135,9 @@ def test_the_parts_of_all_processes_are_the_whole_tensors(name: str) -> None:
             for data in range(3):
                 found = layout(StandIn(tuple(shape), data, 3), shard, group)  # pyright: ignore[reportArgumentType]
                 assert found.shape == tuple(parameter.shape)
-                own = torch.zeros(max(0, min(-(-shape[0] // 3), shape[0] - data * -(-shape[0] // 3))), *shape[1:])
+                own = torch.zeros(
+                    max(0, min(-(-shape[0] // 3), shape[0] - data * -(-shape[0] // 3))), *shape[1:]
+                )
                 for box in found.boxes:
                     box.of(seen, whole=True).add_(1)
                     box.of(own).add_(1)
@@ -147,19 +149,22 @@ def test_the_parts_of_all_processes_are_the_whole_tensors(name: str) -> None:
 
 
 def test_wrong_numbers_of_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="tensor_parallel=2 needs as many processes: start the command by torchrun"):
+    with pytest.raises(
+        ValueError, match="tensor_parallel=2 needs as many processes: start the command by torchrun"
+    ):
         processes(TrainingOptions(tensor_parallel=2))
     assert launched() == 1
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert launched() == 3
-    for more, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"tensor_parallel": 2}, "tensor_parallel=2 must divide the number of processes, 3"),
         ({"batch_size": 2}, "batch_size=2 is divided over 3 processes: give at least one row for each"),
         ({"framework": "flax"}, "framework=flax trains in one process, but 3 were started: use framework=pt"),
         ({"framework": "tf"}, "framework=tf trains in one process, but 3 were started"),
         ({"lora_rank": 2, "merge": True}, "merge needs whole weights, which parallel=fsdp divides"),
-    ):
+    ]
+    for more, message in refused:
         with pytest.raises(ValueError, match=message):
             processes(TrainingOptions(**more))
     monkeypatch.setenv("RANK", "3")
@@ -179,8 +184,14 @@ def test_wrong_numbers_of_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
             {"lora_rank": 2, "quantize": "int8", "parallel": "fsdp"},
             "parallel=fsdp does not divide the weights of quantize: use parallel=ddp",
         ),
-        ({"task": "embedding", "tensor_parallel": 2}, "tensor_parallel does not divide the modules of task=emb"),
-        ({"lora_rank": 2, "tensor_parallel": 2}, "tensor_parallel does not divide the matrices of an adapter"),
+        (
+            {"task": "embedding", "tensor_parallel": 2},
+            "tensor_parallel does not divide the modules of task=emb",
+        ),
+        (
+            {"lora_rank": 2, "tensor_parallel": 2},
+            "tensor_parallel does not divide the matrices of an adapter",
+        ),
         ({"framework": "flax", "parallel": "ddp"}, "parallel"),
     ],
 )

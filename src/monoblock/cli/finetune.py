@@ -108,7 +108,8 @@ def finetune(
 
 @contextmanager
 def _reported_by(this: bool) -> Generator[None]:
-    """Errors of the block, which several processes find alike, end this one without a message unless it reports them."""
+    """Errors of the block, which several processes find alike, end this one without a message unless it reports
+    them."""
     try:
         yield
     except typer.Exit:

@@ -12,8 +12,8 @@ from monoblock.training.options import TrainingOptions
 class Processes:
     """One process, which agrees with itself; the base of several, whose methods all of them call in the same order.
 
-    `rows` of them divide the rows of a batch between them; this one has part number `row`. The others, of a tensor axis,
-    have the rows of one of these.
+    `rows` of them divide the rows of a batch between them; this one has part number `row`. The others, of a tensor
+    axis, have the rows of one of these.
     """
 
     rank, size = 0, 1
@@ -79,8 +79,8 @@ def processes(options: TrainingOptions) -> Processes:
         return Processes()
     if options.framework != "pt":
         raise ValueError(
-            f"framework={options.framework} trains in one process, but {count} were started: use framework=pt, or a mesh "
-            "in a training loop of your own (docs/scaling.md)"
+            f"framework={options.framework} trains in one process, but {count} were started: use framework=pt, or a "
+            "mesh in a training loop of your own (docs/jax.md)"
         )
     tensor = options.tensor_parallel
     if count % tensor:

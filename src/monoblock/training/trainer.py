@@ -186,9 +186,7 @@ class Trainer:
             if several and state.best is not None and options.keep_best:
                 self._check_best()
         among: dict[str, Any] = {"processes": self.processes} if several else {}
-        learner = prepared.learner(
-            task, options, prepared.fields, source=source, base=prepared.base, **among
-        )
+        learner = prepared.learner(task, options, prepared.fields, source=source, base=prepared.base, **among)
         if steps:
             learner.restore(self.checkpoints.path(steps[-1]))
         trained, total = learner.count()

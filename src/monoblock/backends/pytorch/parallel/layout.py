@@ -23,7 +23,9 @@ class Box:
 
     def of(self, x: Tensor, *, whole: bool = False) -> Tensor:
         """The view of this part in the tensor of the process, or in the whole one."""
-        for dim, (start, size) in enumerate(zip(self.offsets if whole else self.own, self.sizes, strict=True)):
+        for dim, (start, size) in enumerate(
+            zip(self.offsets if whole else self.own, self.sizes, strict=True)
+        ):
             x = x.narrow(dim, start, size)
         return x
 
@@ -53,7 +55,9 @@ def local(x: Tensor) -> Tensor:
     return found.to_local() if hasattr(found, "to_local") else found
 
 
-def layout(parameter: Tensor, shard: Sharding | None = None, group: TensorGroup | None = None) -> TensorLayout:
+def layout(
+    parameter: Tensor, shard: Sharding | None = None, group: TensorGroup | None = None
+) -> TensorLayout:
     """The layout of a parameter. `shard`: its sharding over the tensor axis of the group."""
     shape = tuple(parameter.shape)
     if not shape:

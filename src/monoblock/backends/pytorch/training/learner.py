@@ -29,7 +29,6 @@ from monoblock.training.processes import Processes
 from monoblock.training.tasks.base import Example, NotFinite, Task, TokenRow
 
 if TYPE_CHECKING:
-    from monoblock.backends.pytorch.training.processes import TorchProcesses
     from monoblock.backends.pytorch.training.shared import SharedModel
     from monoblock.backends.pytorch.training.shared_files import Held
 
@@ -343,9 +342,7 @@ class Learner:
                 own = () if not layout.shape else local(self.parameters()[name.rpartition("/")[0]]).shape
                 states[key] = shared_files.Held(layout, torch.empty(own, dtype=dtype))
         shared_files.read(folder, states, getattr(self.processes, "files", None))
-        self.optimizer.restore(
-            {key.removeprefix(_OPTIMIZER): held.tensor for key, held in states.items()}
-        )
+        self.optimizer.restore({key.removeprefix(_OPTIMIZER): held.tensor for key, held in states.items()})
 
     def _load_shared(self, folder: Path) -> None:
         from monoblock.backends.pytorch.training import shared_files

@@ -84,8 +84,8 @@ class TorchProcesses(Processes):
 
 
 def join(options: TrainingOptions) -> TorchProcesses:
-    """Join the processes that a launcher started, one for each accelerator of a machine, or on its CPUs. ValueError: the
-    device cannot be chosen so."""
+    """Join the processes that a launcher started, one for each GPU of a machine, or on its CPUs. ValueError: the device
+    cannot be chosen so."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = found_device(None if options.device == "auto" else options.device)
     if device.type not in ("cpu", "cuda") or device.index not in (None, local):
@@ -96,7 +96,8 @@ def join(options: TrainingOptions) -> TorchProcesses:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
         if here > torch.cuda.device_count():
             raise ValueError(
-                f"this machine has {torch.cuda.device_count()} GPUs for {here} processes: start fewer, or use device=cpu"
+                f"this machine has {torch.cuda.device_count()} GPUs for {here} processes: start fewer, or use "
+                "device=cpu"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -109,4 +110,3 @@ def join(options: TrainingOptions) -> TorchProcesses:
         device.type, (dist.get_world_size() // tensor, tensor), mesh_dim_names=(DATA, TENSOR)
     )
     return TorchProcesses(mesh, device)
-

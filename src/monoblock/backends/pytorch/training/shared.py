@@ -64,7 +64,8 @@ class SharedModel:
 
     def rows(self, count: int, row: int | None = None) -> slice:
         """The rows of this process, or of part number `row`, of a batch with this number of them; there may be none."""
-        row, rows = self.processes.row if row is None else row, self.processes.rows
+        rows = self.processes.rows
+        row = self.processes.row if row is None else row
         return slice(count * row // rows, count * (row + 1) // rows)
 
     def layout(self, name: str, parameter: Tensor) -> TensorLayout:

@@ -1,5 +1,5 @@
-"""The states of a run in several processes as files of torch.distributed.checkpoint (DCP): each process writes its parts
-of the tensors, and any number of processes reads them."""
+"""The states of a run in several processes as files of torch.distributed.checkpoint (DCP): each process writes its
+parts of the tensors, and any number of processes reads them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -27,6 +28,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from monoblock.backends.pytorch.parallel.layout import Box, TensorLayout
 from monoblock.errors import CheckpointError
@@ -69,7 +72,7 @@ class Written:
             raise CheckpointError(f"{self.folder} could not be written: {_reason(error)}") from error
 
 
-class _Writing(dcp.DefaultSavePlanner):
+class _Writing(DefaultSavePlanner):
     """Plans the boxes of this process; DCP writes a box that several processes have once."""
 
     def __init__(self, states: Mapping[str, Held]) -> None:
@@ -95,7 +98,7 @@ class _Writing(dcp.DefaultSavePlanner):
         return _found(self.states, index)
 
 
-class _Reading(dcp.DefaultLoadPlanner):
+class _Reading(DefaultLoadPlanner):
     """Plans what the boxes of this process need of the boxes in the files."""
 
     def __init__(self, states: Mapping[str, Held]) -> None:
@@ -120,15 +123,15 @@ def start(folder: Path, states: Mapping[str, Held], group: Any) -> Written:
     copies = {
         name: Held(held.layout, held.tensor.detach().to("cpu", copy=True)) for name, held in states.items()
     }
-    files = dcp.FileSystemWriter(folder / SHARED)
-    made: Any = dcp.async_save({}, storage_writer=files, planner=_Writing(copies), process_group=group)
+    files = FileSystemWriter(folder / SHARED)
+    made: Any = async_save({}, storage_writer=files, planner=_Writing(copies), process_group=group)
     return Written(folder, made)
 
 
 def stored(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The shape and the dtype of each tensor of a checkpoint. CheckpointError: it is unreadable."""
     try:
-        found = dcp.FileSystemReader(folder / SHARED).read_metadata().state_dict_metadata
+        found = FileSystemReader(folder / SHARED).read_metadata().state_dict_metadata
     except Exception as error:  # of unpickling
         raise CheckpointError(f"{folder / SHARED} has no readable .metadata: {error}") from error
     return {
@@ -139,8 +142,8 @@ def stored(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 def read(folder: Path, states: Mapping[str, Held], group: Any) -> None:
-    """Fill the tensors from the files. `group` None: in one process. CheckpointError: a tensor is missing or has another
-    shape or dtype."""
+    """Fill the tensors from the files. `group` None: in one process. CheckpointError: a tensor is missing or has
+    another shape or dtype."""
     there = stored(folder)
     for name, (layout, tensor) in states.items():
         if name not in there:
@@ -150,12 +153,12 @@ def read(folder: Path, states: Mapping[str, Held], group: Any) -> None:
             raise CheckpointError(
                 f"{folder}: {name} is {shape} of {dtype}, expected {layout.shape} of {tensor.dtype}"
             )
-    files = dcp.FileSystemReader(folder / SHARED)
+    files = FileSystemReader(folder / SHARED)
     planner = _Reading(states)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process reads, which is meant
-            dcp.load({}, storage_reader=files, planner=planner, process_group=group, no_dist=group is None)
+            load({}, storage_reader=files, planner=planner, process_group=group)
     except CheckpointException as error:
         raise CheckpointError(f"{folder} is not readable: {_reason(error)}") from error
 
@@ -164,4 +167,3 @@ def _reason(error: CheckpointException) -> str:
     """The first error of a process in one line."""
     rank, (cause, _) = next(iter(error.failures.items()))
     return f"process {rank}: {' '.join(str(cause).split()) or type(cause).__name__}"
-
