@@ -93,7 +93,7 @@ def test_a_task_has_the_losses_and_gradients_of_one_process(results: Any, task: 
     """Norms of the gradients too; with matryoshka, losses depend on so few values that rounding grows by the step."""
     at, _ = results
     plain = f"{task} {mode} one" if task == "embedding" else f"{task} one"
-    same(at / plain, at / f"{task} {mode}", 2e-4 if mode == "matryoshka" else TOLERANCE)
+    same(at / plain, at / f"{task} {mode}", 1e-3 if mode == "matryoshka" else TOLERANCE)
 
 
 @pytest.mark.parametrize("name", OTHERS)
