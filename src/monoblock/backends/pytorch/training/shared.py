@@ -65,8 +65,8 @@ class SharedModel:
     def rows(self, count: int, row: int | None = None) -> slice:
         """The rows of this process, or of part number `row`, of a batch with this number of them; there may be none."""
         rows = self.processes.rows
-        row = self.processes.row if row is None else row
-        return slice(count * row // rows, count * (row + 1) // rows)
+        part: int = self.processes.row if row is None else row
+        return slice(count * part // rows, count * (part + 1) // rows)
 
     def layout(self, name: str, parameter: Tensor) -> TensorLayout:
         """The part of a parameter that this process holds."""
