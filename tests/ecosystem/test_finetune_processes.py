@@ -72,7 +72,9 @@ def test_an_adapter_of_two_processes_is_that_of_one(folder: Path, name: str) -> 
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=0)
     if name != "merge":
-        configs = [json.loads((folder / x / "adapter_config.json").read_text()) for x in (name, f"{name} one")]
+        configs = [
+            json.loads((folder / x / "adapter_config.json").read_text()) for x in (name, f"{name} one")
+        ]
         for config in configs:
             config["target_modules"] = sorted(config["target_modules"])  # a set
         assert configs[0] == configs[1]

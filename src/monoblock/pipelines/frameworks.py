@@ -46,6 +46,11 @@ class Framework:
         """The backend's classes that train and evaluate models, by the form of their loss."""
         return importlib.import_module(f"monoblock.backends.{self.backend}.{self.learning}").LEARNERS
 
+    @property
+    def processes(self) -> Any:
+        """PyTorch's module that joins the processes of a launcher."""
+        return importlib.import_module(f"monoblock.backends.{self.backend}.training.processes")
+
     def missing(self) -> str | None:
         """The first of its packages that is not installed; None if all are installed."""
         return next((package for package in self.needs if not installed(package)), None)

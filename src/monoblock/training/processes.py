@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any
 
+from monoblock.pipelines import frameworks
 from monoblock.training.options import TrainingOptions
 
 
@@ -95,4 +95,4 @@ def processes(options: TrainingOptions) -> Processes:
             "merge needs whole weights, which parallel=fsdp divides: use parallel=ddp, or drop merge and merge the "
             "adapter afterwards in one process"
         )
-    return importlib.import_module("monoblock.backends.pytorch.training.processes").join(options)
+    return frameworks.chosen(options.framework, "fine-tuning").processes.join(options)

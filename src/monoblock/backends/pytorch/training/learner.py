@@ -305,7 +305,15 @@ class Learner:
         name, _, part = key.rpartition("/")
         if name not in self.optimizer.parameters:
             raise CheckpointError(f"the checkpoint's optimizer has {key!r}, which this run does not train")
-        return TensorLayout.whole(()) if part == "step" else self._layout(name, self.parameters()[name])
+        parameter = self.optimizer.parameters[name]
+        return TensorLayout.whole(()) if part == "step" else self._layout(name, parameter)
+
+    def _empty_state(self, key: str, dtype: torch.dtype) -> tuple[TensorLayout, Tensor]:
+        """The layout of a state of the optimizer, and memory for this process's part."""
+        assert self.optimizer is not None
+        layout = self._layout_of_state(key)
+        own = local(self.optimizer.parameters[key.rpartition("/")[0]]).shape if layout.shape else ()
+        return layout, torch.empty(own, dtype=dtype)
 
     def restore(self, folder: Path) -> None:
         """Set the states of a checkpoint. Its weights are loaded already, if one process wrote it."""
@@ -319,9 +327,7 @@ class Learner:
             if self.shared is None or key.startswith(_RANDOM):
                 state[key] = store.tensor(key).clone()
                 continue
-            layout = self._layout_of_state(key)
-            own = () if not layout.shape else local(self.parameters()[key.rpartition("/")[0]]).shape
-            state[key] = torch.empty(own, dtype=store.tensor(key).dtype)
+            layout, state[key] = self._empty_state(key, store.tensor(key).dtype)
             layout.copy(store.tensor(key), state[key])
         random = {name.removeprefix(_RANDOM): x for name, x in state.items() if name.startswith(_RANDOM)}
         self.optimizer.restore({name: x for name, x in state.items() if not name.startswith(_RANDOM)})
@@ -337,10 +343,7 @@ class Learner:
         states: dict[str, Held] = {}
         for key, (_, dtype) in shared_files.stored(folder).items():
             if key.startswith(_OPTIMIZER):
-                name = key.removeprefix(_OPTIMIZER)
-                layout = self._layout_of_state(name)
-                own = () if not layout.shape else local(self.parameters()[name.rpartition("/")[0]]).shape
-                states[key] = shared_files.Held(layout, torch.empty(own, dtype=dtype))
+                states[key] = shared_files.Held(*self._empty_state(key.removeprefix(_OPTIMIZER), dtype))
         shared_files.read(folder, states, getattr(self.processes, "files", None))
         self.optimizer.restore({key.removeprefix(_OPTIMIZER): held.tensor for key, held in states.items()})
 
