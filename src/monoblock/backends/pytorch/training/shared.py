@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from monoblock.backends.pytorch.parallel import files, gradients
 from monoblock.backends.pytorch.parallel.layout import TensorLayout, layout
+from monoblock.backends.pytorch.training import memory
 from monoblock.backends.pytorch.training.processes import TorchProcesses
 from monoblock.training.options import TrainingOptions
 from monoblock.training.tasks.base import NotFinite
@@ -44,6 +45,8 @@ class SharedModel:
         self.fsdp = options.divides_weights and processes.rows > 1
         if self.fsdp:
             mesh = processes.group.mesh["data"]
+            if processes.device.type == "cpu":  # gathered weights come and go
+                memory.return_large_blocks()
             # The sums of gradients are float32, also for bfloat16 weights.
             policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
             for block in model.get_submodule(model.module_path("layers")):
