@@ -77,8 +77,8 @@ def entries(models: BatchModelOptions, hub: DownloadOptions) -> list[ModelEntry]
     return entries_of(sources, models.name or [], models.adapter or [], hub.kwargs())
 
 
-def settings(models: BatchModelOptions, hub: DownloadOptions) -> ServerSettings:
-    """The settings of a server without other clients."""
+def settings(models: BatchModelOptions, hub: DownloadOptions, tensor_parallel: int = 1) -> ServerSettings:
+    """The settings of a server without other clients. `tensor_parallel`: processes of the model that generates."""
     from monoblock.serving.engine.options import EngineOptions
     from monoblock.serving.server.settings import Limits, ServerSettings
 
@@ -99,6 +99,7 @@ def settings(models: BatchModelOptions, hub: DownloadOptions) -> ServerSettings:
             "device": models.device,
             "quantize": None if models.quantize is None else models.quantize.value,
         },
+        tensor_parallel=tensor_parallel,
         hub=hub.kwargs(),
     )
 

@@ -12,6 +12,7 @@ import typer
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import DownloadOptions, FrameworkModelOptions, FrameworkName, SamplingOptions
+from monoblock.cli.shards import TensorParallel
 from monoblock.texts import read_text
 
 app = sub_app()
@@ -37,12 +38,7 @@ def generate(
     echo: Annotated[
         bool | None, typer.Option("--echo/--no-echo", help="Print the prompt first; default: at a terminal.")
     ] = None,
-    tensor_parallel: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Shard the model over this many processes of this machine, on GPUs or CPUs (PyTorch)."
-        ),
-    ] = 1,
+    tensor_parallel: TensorParallel = 1,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No counts and speeds on stderr.")] = False,
 ) -> None:
     """Continue a text with a model; without --model, with the embedded demo, a tiny model for Python code.

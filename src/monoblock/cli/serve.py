@@ -11,6 +11,7 @@ import typer
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import DownloadOptions, Dtype, Quantize
+from monoblock.cli.shards import TensorParallel, check_entries, refuse_together
 from monoblock.texts import read_text
 
 if TYPE_CHECKING:
@@ -98,8 +99,10 @@ def serve(
         int | None, typer.Option(min=1, help="New tokens of a request at most.")
     ] = None,
     prefix_cache: Annotated[
-        bool, typer.Option(help="Keep the cache of earlier prompts for later ones.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Keep the cache of earlier prompts for later ones; default: where it is possible."),
+    ] = None,
+    tensor_parallel: TensorParallel = 1,
     max_body: Annotated[int, typer.Option(min=1, metavar="MB", help="Size of a request.")] = 16,
     max_image_pixels: Annotated[
         int, typer.Option(min=1, metavar="MILLIONS", help="Pixels of an image.")
@@ -126,6 +129,7 @@ def serve(
         raise typer.BadParameter("an adapter is given as NAME=PATH", param_hint="--adapter")
     if allow_files is not None and not allow_files.is_dir():
         raise typer.BadParameter(f"{allow_files} is not a folder", param_hint="--allow-files")
+    refuse_together(tensor_parallel, adapter=adapter, prefix_cache=prefix_cache)
     from monoblock.serving.engine.options import EngineOptions
     from monoblock.serving.server.settings import Limits, ServerSettings
 
@@ -154,13 +158,14 @@ def serve(
             max_model_len=max_model_len,
             max_sequences=max_sequences,
             max_waiting=max_waiting,
-            prefix_cache=prefix_cache,
+            prefix_cache=prefix_cache is not False,
         ),
         loading={
             "dtype": dtype.value,
             "device": device,
             "quantize": None if quantize is None else quantize.value,
         },
+        tensor_parallel=tensor_parallel,
         hub=hub.kwargs(),
     )
     sources: list[str | None] = [*models] if models else [None]
@@ -176,6 +181,7 @@ def _run(sources: list[str | None], names: list[str], adapters: list[str], setti
     from monoblock.serving.server.running import serve as run
 
     entries = entries_of(sources, names, adapters, settings.hub)
+    check_entries(settings.tensor_parallel, entries)
     if sources == [None] and all(entry.name != demo_embeddings.NAME for entry in entries):
         entries.append(ModelEntry(demo_embeddings.NAME, demo_embeddings.NAME, ModelKind.EMBED, extra=True))
     if not settings.loopback and settings.api_key is None:

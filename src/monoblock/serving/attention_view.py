@@ -74,6 +74,12 @@ async def attention(request: Request) -> Response:
 
 
 async def _answer(body: Any, model: TextModel, state: ServerState) -> dict[str, Any]:
+    if model.engine.core.model.tensor_group is not None:
+        raise ApiError(
+            "attention weights are not shown for a model with --tensor-parallel: serve it by one process",
+            param="model",
+            code="model_not_supported",
+        )
     spec = model.engine.core.model.spec
     for name, count in (("layer", spec.layers), ("head", spec.attention.heads)):
         value = getattr(body, name)

@@ -59,7 +59,8 @@ class LLM:
         cache_memory: int | str | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 256,
-        enable_prefix_caching: bool = True,
+        enable_prefix_caching: bool | None = None,
+        tensor_parallel_size: int = 1,
         **hub: Any,
     ) -> None:
         """
@@ -75,7 +76,10 @@ class LLM:
             cache_memory: memory of the KV cache, in bytes or as "4GB"; by default a quarter of what is free.
             max_num_seqs: sequences that are computed at once.
             max_num_batched_tokens: tokens of one step; a longer prompt is computed in chunks.
-            enable_prefix_caching: prompts that begin with the same tokens share their cache.
+            enable_prefix_caching: prompts that begin with the same tokens share their cache; by default where it is
+                possible.
+            tensor_parallel_size: processes of this machine over which a model that generates text is sharded, this one
+                and others that are started; on GPUs, one each, or CPUs.
             hub: the download options `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
                 `subfolder`.
         """
@@ -95,8 +99,9 @@ class LLM:
             max_sequences=max_num_seqs,
             max_step_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
-            prefix_cache=enable_prefix_caching,
+            prefix_cache=enable_prefix_caching is not False,
         )
+        self._shards = self._checked_shards(tensor_parallel_size, enable_prefix_caching)
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         if self.task == "generate":
@@ -105,6 +110,22 @@ class LLM:
             raise ValueError(
                 f"adapter is for models that generate text; this one is for the task {self.task!r}"
             )
+
+    def _checked_shards(self, count: Any, prefix_caching: bool | None) -> int:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"tensor_parallel_size={count!r}: expected a number of processes from 1")
+        if count == 1:
+            return count
+        if self.task != "generate":
+            raise ValueError(
+                f"tensor_parallel_size is for models that generate text; this one is for {self.task!r}"
+            )
+        if self.model is not None and not isinstance(self.model, str | Path):
+            raise ValueError("tensor_parallel_size needs a folder or a name, not a loaded model")
+        for name, given in (("adapter", self._adapter), ("enable_prefix_caching=True", prefix_caching)):
+            if given:
+                raise ValueError(f"{name} is not supported with tensor_parallel_size={count}")
+        return count
 
     def _detected(self) -> str:
         if self.model is None or not isinstance(self.model, str | Path):
@@ -136,6 +157,7 @@ class LLM:
             device=self._loading["device"] or "auto",
             adapter=self._adapter,
             hub=self._hub or None,
+            tensor_parallel=self._shards,
         )
         if tokenizer is not None:
             engine.tokenizer = tokenizer

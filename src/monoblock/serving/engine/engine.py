@@ -58,7 +58,7 @@ class Engine:
         self.processor, self.options = processor, options or EngineOptions()
         self.vocab = runner.vocab
         self.pool = BlockPool(runner.blocks)
-        self.scheduler = Scheduler(self.options, self.pool, runner.divides)
+        self.scheduler = Scheduler(self.options, self.pool, runner.divides, runner.drafts)
         self.max_model_len = min(model_length(model, self.options.max_model_len), runner.blocks * BLOCK)
         self.generation_config: GenerationConfig = model.generation_config or GenerationConfig()
         self._keys = itertools.count()
@@ -166,6 +166,10 @@ class Engine:
         self.runner.drop(sequence.key)
 
     # ------------------------------------------------------------------ steps
+
+    def close(self) -> None:
+        """End what the runner has started; no step can follow."""
+        self.runner.close()
 
     @property
     def busy(self) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from monoblock.pipelines.frameworks import FRAMEWORKS, of_model
 from monoblock.serving.engine.engine import Engine
 from monoblock.serving.engine.options import EngineOptions
+
+SHARDED = "tensor_parallel"  # the argument's name in errors
 
 
 def load_engine(
@@ -19,12 +23,15 @@ def load_engine(
     device: str = "auto",
     adapter: str | None = None,
     hub: dict[str, Any] | None = None,
+    tensor_parallel: int = 1,
 ) -> Engine:
     """The engine of a model in a folder or on the hub; None: the embedded demo.
 
     `name`: under which it is served; `quantize`: "int8", "int4" or "lossless"; `device`: "auto" (a GPU if there is
-    one), "cpu", "cuda", ...; `adapter`: folder or name of a LoRA adapter; `hub`: download options of `from_pretrained`.
-    ImportError without PyTorch; ValueError for a model that does not generate text, or whose tokenizer is missing.
+    one), "cpu", "cuda", ...; `adapter`: folder or name of a LoRA adapter; `hub`: download options of `from_pretrained`;
+    `tensor_parallel`: processes over which the model is sharded, this one and others that are started.
+    ImportError without PyTorch; ValueError for a model that does not generate text, whose tokenizer is missing, or that
+    cannot be sharded; RuntimeError if a process fails.
     """
     import monoblock
 
@@ -42,6 +49,13 @@ def load_engine(
     if quantize is not None:
         arguments["quantization_config"] = quantize
     tokenizer: Any = monoblock.AutoTokenizer.from_pretrained(path, **where)
+    if tensor_parallel > 1:
+        if adapter is not None:
+            raise ValueError(
+                f"{SHARDED}={tensor_parallel}: an adapter is not supported; merge it into the model's files"
+            )
+        found = options or EngineOptions()
+        return _sharded(path, arguments, tokenizer, found, name or model, where, device, tensor_parallel)
     arguments |= framework.engine_adapter.placement(device)
     loaded: Any = monoblock.AutoModelForCausalLM.from_pretrained(path, **arguments)
     if adapter is not None:
@@ -49,6 +63,46 @@ def load_engine(
     return make_engine(
         loaded, tokenizer, options=options, name=name or model, processor=processor_of(loaded, path, where)
     )
+
+
+def _sharded(
+    path: str,
+    arguments: dict[str, Any],
+    tokenizer: Any,
+    options: EngineOptions,
+    name: str | None,
+    where: dict[str, Any],
+    device: str,
+    count: int,
+) -> Engine:
+    """The engine of a model that this process and count - 1 others share."""
+    import monoblock
+
+    framework = FRAMEWORKS["pt"]
+    spec = monoblock.AutoConfig.from_pretrained(path, **where).to_spec()
+    framework.processes.check(spec, count, device, SHARDED)
+    peers = framework.processes.Peers(count, device, follow, path, arguments)
+    try:
+        model: Any = monoblock.AutoModelForCausalLM.from_pretrained(path, **arguments, tp_plan="auto")
+        model.eval()
+        runner = framework.sharded_engine.ShardedRunner(model, peers, options.cache_memory)
+        processor = processor_of(model, path, where)
+        engine = Engine(model, tokenizer, runner, name=name or "", processor=processor, options=options)
+    except Exception as error:
+        if isinstance(error, RuntimeError):  # perhaps because another process has failed
+            error = peers.lost(error)
+        peers.close()
+        raise error from None
+    weakref.finalize(engine, peers.close)
+    return engine
+
+
+def follow(receive: Callable[[], Any], path: str, arguments: dict[str, Any]) -> None:
+    """The work of a process other than the first."""
+    import monoblock
+
+    model: Any = monoblock.AutoModelForCausalLM.from_pretrained(path, **arguments, tp_plan="auto")
+    FRAMEWORKS["pt"].sharded_engine.follow(model, receive)
 
 
 def make_engine(

@@ -31,10 +31,14 @@ class Scheduler:
     computed again later; its tokens stay the same.
     """
 
-    def __init__(self, options: EngineOptions, pool: BlockPool, divides: bool) -> None:
-        """`divides`: see `BatchRunner`. Without it prompts are not divided, blocks are not shared, and a sequence is
-        admitted when all its tokens have room, so that it is never computed again."""
+    def __init__(
+        self, options: EngineOptions, pool: BlockPool, divides: bool, drafts: bool | None = None
+    ) -> None:
+        """`divides`, `drafts` (by default as the former): see `BatchRunner`. Without `divides` prompts are not divided,
+        blocks are not shared, and a sequence is admitted when all its tokens have room, so that it is never computed
+        again."""
         self.options, self.pool, self.divides = options, pool, divides
+        self.drafts = divides if drafts is None else drafts
         self.waiting: deque[EngineSequence] = deque()
         self.running: list[EngineSequence] = []
         self.stats = SchedulerStats()
@@ -55,7 +59,7 @@ class Scheduler:
             count = min(missing, budget) if self.divides and not decodes else missing
             if not count:
                 continue
-            draft = tuple(sequence.draft(budget - 1)) if decodes and self.divides else ()
+            draft = tuple(sequence.draft(budget - 1)) if decodes and self.drafts else ()
             if not self._grow(sequence, sequence.computed + count + len(draft)):
                 continue
             planned.append((sequence, self._chunk(sequence, count, draft)))

@@ -1,0 +1,255 @@
+"""`serve`, `batch` and `LLM` with a model that is sharded over processes: the tokens are those of one process, and every
+failure of a process is an end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from helpers import randomised
+from server_models import image_model
+from serving_models import CLASSES, Answer, engine, model, prompt_of, run, tokenizer
+from test_serve_command import Served, refused, served
+
+import monoblock
+from monoblock import LLM, SamplingParams
+from monoblock.serving.engine import loading
+from monoblock.serving.engine.engine import Engine
+from monoblock.serving.engine.loading import load_engine
+from monoblock.serving.engine.options import EngineOptions
+
+OPTIONS = EngineOptions(cache_memory=1 << 25)
+GREEDY = SamplingParams(temperature=0, max_tokens=14, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.8, seed=5, max_tokens=14, n=2, ignore_eos=True)
+PARALLEL = ("--tensor-parallel", "2")
+
+
+def saved(name: str, folder: Path) -> Path:
+    """The checkpoint of a tiny model, with its tokenizer."""
+    model(name).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def sharded(folder: Path, **options: Any) -> Engine:
+    return load_engine(str(folder), options=OPTIONS, device="cpu", tensor_parallel=2, **options)
+
+
+def together(core: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
+    """The results of requests that are computed at once, of which some begin later."""
+    answers = [Answer(one) for one in params]
+    for prompt, one, answer in zip(prompts, params, answers, strict=True):
+        core.add(prompt, one, sink=answer)
+        core.step()
+    while core.step():
+        pass
+    return [answer.result for answer in answers]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_requests_have_the_tokens_of_one_process(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "processor_of", lambda *_: None)  # texts alone
+    rng = np.random.default_rng(0)
+    prompts = [prompt_of(rng, length) for length in (5, 90, 3, 30, 4)]
+    drafted = GREEDY.replaced(speculative_tokens=4)
+    params = [GREEDY, GREEDY, SAMPLED, GREEDY, drafted]
+    alone = [run(engine(name), prompt, one).result for prompt, one in zip(prompts, params, strict=True)]
+    core = sharded(saved(name, tmp_path))
+    try:
+        assert together(core, prompts, params) == alone
+        cancelled = core.add(prompts[0], GREEDY, sink=(gone := Answer(GREEDY)))
+        core.step()
+        core.cancel(cancelled)
+        assert gone.result[0][2] == "cancelled"
+        assert together(core, prompts[:2], params[:2]) == alone[:2]
+    finally:
+        core.close()
+
+
+def test_prompts_with_images(tmp_path: Path) -> None:
+    folder = image_model(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (18, 22, 3), dtype=np.uint8)
+    prompts = [
+        {"prompt": "what is in the box\n", "multi_modal_data": {"image": image}},
+        {"prompt": "a cat", "multi_modal_data": {"image": image[:9]}},
+        {"prompt": "a dog is"},
+    ]
+
+    def tokens(**options: Any) -> list[list[int]]:
+        llm = LLM(str(folder), device="cpu", cache_memory=1 << 25, **options)
+        with pytest.raises(ValueError):
+            llm.generate({"prompt": "x", "multi_modal_data": {"image": image[:, :, :2]}}, GREEDY)
+        found = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+        llm._engine.close()
+        return found
+
+    assert tokens(tensor_parallel_size=2) == tokens()
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+def test_quantised_shards(how: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = monoblock.MistralConfig(**sizes, **heads, vocab_size=len(tokenizer()))
+    randomised(monoblock.MistralForCausalLM(config).eval(), std=0.3).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    prompts = [prompt_of(np.random.default_rng(1), length) for length in (5, 40)]
+    one = load_engine(str(tmp_path), options=OPTIONS, device="cpu", quantize=how)
+    alone = [run(one, prompt, GREEDY).result for prompt in prompts]
+    core = sharded(tmp_path, quantize=how)
+    try:
+        assert together(core, prompts, [GREEDY, GREEDY]) == alone
+    finally:
+        core.close()
+
+
+def test_a_program() -> None:
+    prompts = ["def add(a, b):", "import "]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    alone = [output.outputs[0].text for output in LLM(device="cpu").generate(prompts, params)]
+    llm = LLM(device="cpu", tensor_parallel_size=2, cache_memory="64MB")
+    assert [output.outputs[0].text for output in llm.generate(prompts, params)] == alone
+    with pytest.raises(ValueError, match="it can hold one sharded model"):
+        LLM(device="cpu", tensor_parallel_size=2)
+    [other] = llm._engine.runner.peers._processes  # pyright: ignore
+    other.kill()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="process 1 of 2 failed: it ended with exit code -9"):
+            llm.generate(prompts, params)
+    llm._engine.close()
+    again = LLM(device="cpu", tensor_parallel_size=3)
+    assert [output.outputs[0].text for output in again.generate(prompts, params)] == alone
+    again._engine.close()
+
+
+LONG = {"prompt": "def f(", "temperature": 0, "max_tokens": 250, "ignore_eos": True}
+
+
+def others(server: Served) -> list[int]:
+    """The processes that the server started."""
+    text = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+    found = {int(pid) for pid in text.split()}
+    for task in Path(f"/proc/{server.process.pid}/task").iterdir():  # children of its threads
+        found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return [pid for pid in sorted(found) if b"processes" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def begun(server: Served) -> tuple[threading.Thread, list[httpx.Response]]:
+    """A long request that is being computed, and its answer."""
+    found: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: found.append(server.post(**LONG)))
+    thread.start()
+    while "\nmonoblock_requests_running{" not in (text := server.http.get("/metrics").text) or not any(
+        line.startswith("monoblock_requests_running{") and line.endswith(" 1.0") for line in text.splitlines()
+    ):
+        time.sleep(0.05)
+    return thread, found
+
+
+def test_the_server_finishes_its_requests_after_a_signal_to_all_processes() -> None:
+    with served(*PARALLEL) as server:
+        assert server.post().status_code == 200
+        refused_view = server.http.post("/attention", json={"prompt": "x"})
+        assert "are not shown for a model with --tensor-parallel" in refused_view.text
+        [other] = others(server)
+        thread, answers = begun(server)
+        for pid in (other, server.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        thread.join()
+        assert answers[0].json()["usage"]["completion_tokens"] == 250
+        assert not Path(f"/proc/{other}").exists()
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_the_server_ends_with_an_error_if_a_process_dies(busy: bool) -> None:
+    with served(*PARALLEL) as server:
+        assert server.post().status_code == 200
+        thread, answers = begun(server) if busy else (None, [])
+        os.kill(others(server)[0], signal.SIGKILL)
+        assert server.process.wait(60) == 1
+        assert server.process.stderr is not None
+        assert server.process.stderr.read() == (
+            "monoblock: process 1 of 2 failed: it ended with exit code -9\n"
+        )
+        if thread is not None:
+            thread.join()
+            assert answers[0].status_code == 503 and answers[0].headers["retry-after"] == "5"
+
+
+def test_the_other_processes_end_with_a_killed_server() -> None:
+    with served(*PARALLEL) as server:
+        assert server.post().status_code == 200
+        [other] = others(server)
+        server.process.kill()
+        until = time.monotonic() + 30
+        while Path(f"/proc/{other}").exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def batch(source: Path, output: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "monoblock.cli", "batch", str(source), str(output), "--device", "cpu"]
+    return subprocess.Popen(
+        [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_batch_keeps_its_results_when_a_process_dies_and_continues(tmp_path: Path) -> None:
+    source, output, whole = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    lines = [
+        {
+            "custom_id": str(i),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"prompt": f"def f{i}(", "max_tokens": 20, "temperature": 0, "ignore_eos": True},
+        }
+        for i in range(40)
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert batch(source, whole).wait(120) == 0
+    options = (*PARALLEL, "--max-sequences", "4")
+    job = batch(source, output, *options)
+    while not output.exists() or output.read_bytes().count(b"\n") < 8:
+        time.sleep(0.01)
+        assert job.poll() is None
+    [other] = [
+        pid
+        for task in Path(f"/proc/{job.pid}/task").iterdir()
+        for pid in map(int, (task / "children").read_text().split())
+        if b"parallel.processes" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(other, signal.SIGKILL)
+    assert job.stderr is not None
+    assert job.wait(60) == 1
+    assert "process 1 of 2 failed" in job.stderr.read()
+    assert 8 <= output.read_bytes().count(b"\n") < 40
+    assert batch(source, output, *options).wait(120) == 0
+    found, expected = (
+        {line["custom_id"]: line["response"]["body"]["choices"] for line in map(json.loads, path.open())}
+        for path in (output, whole)
+    )
+    assert len(found) == 40 and found == expected
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    def says(text: str, *arguments: str, code: int = 1) -> None:
+        found, errors = refused(*PARALLEL, *arguments)
+        assert found == code and text in errors, errors
+
+    says("--tensor-parallel does not go with --adapter", "--adapter", "a=b", code=2)
+    says("--tensor-parallel does not go with --prefix-cache", "--prefix-cache", code=2)
+    says("shards one model that generates text; the models that do are: none", "demo-embeddings")
+    assert "the 6 attention heads" in refused("--tensor-parallel", "4")[1]
