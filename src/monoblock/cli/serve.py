@@ -11,6 +11,7 @@ import typer
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import DownloadOptions, Dtype, Quantize
+from monoblock.cli.ray_options import RayCommand, RayOptions
 from monoblock.cli.shards import TensorParallel, check_entries, refuse_together
 from monoblock.texts import read_text
 
@@ -23,7 +24,7 @@ KEY = "MONOBLOCK_API_KEY"
 MEGABYTE = 10**6
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=RayCommand, epilog=EXIT_CODES)
 @console.command
 def serve(
     *,
@@ -103,6 +104,13 @@ def serve(
         typer.Option(help="Keep the cache of earlier prompts for later ones; default: where it is possible."),
     ] = None,
     tensor_parallel: TensorParallel = 1,
+    actors: RayOptions,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --ray: replicas under load at most; --replicas is the least number then."
+        ),
+    ] = None,
     max_body: Annotated[int, typer.Option(min=1, metavar="MB", help="Size of a request.")] = 16,
     max_image_pixels: Annotated[
         int, typer.Option(min=1, metavar="MILLIONS", help="Pixels of an image.")
@@ -129,7 +137,10 @@ def serve(
         raise typer.BadParameter("an adapter is given as NAME=PATH", param_hint="--adapter")
     if allow_files is not None and not allow_files.is_dir():
         raise typer.BadParameter(f"{allow_files} is not a folder", param_hint="--allow-files")
-    refuse_together(tensor_parallel, adapter=adapter, prefix_cache=prefix_cache)
+    actors.check(device)
+    if max_replicas is not None and (actors.ray is None or max_replicas < (actors.replicas or 1)):
+        raise typer.BadParameter("--max-replicas needs --ray, and is at least --replicas")
+    refuse_together(tensor_parallel, adapter=adapter, prefix_cache=prefix_cache, ray=actors.ray)
     from monoblock.serving.engine.options import EngineOptions
     from monoblock.serving.server.settings import Limits, ServerSettings
 
@@ -169,10 +180,17 @@ def serve(
         hub=hub.kwargs(),
     )
     sources: list[str | None] = [*models] if models else [None]
-    _run(sources, name or [], adapter or [], settings)
+    _run(sources, name or [], adapter or [], settings, actors, max_replicas)
 
 
-def _run(sources: list[str | None], names: list[str], adapters: list[str], settings: ServerSettings) -> None:
+def _run(
+    sources: list[str | None],
+    names: list[str],
+    adapters: list[str],
+    settings: ServerSettings,
+    actors: RayOptions,
+    most: int | None,
+) -> None:
     """Serve until a signal. Exit code 130 after Ctrl-C. With the demo, the embedded search model is served too."""
     from monoblock import demo_embeddings
     from monoblock.serving.server.app import ServerApp
@@ -191,5 +209,13 @@ def _run(sources: list[str | None], names: list[str], adapters: list[str], setti
     def listening(address: str) -> None:
         print(f"monoblock serves {named} on {address}", flush=True)
 
-    if run(ServerApp(entries, settings), listening):
+    if actors.ray is not None:
+        from monoblock.cli import ray_serve
+
+        found = ray_serve.run(
+            actors.ray, actors.replicas, most, (sources, names, adapters), settings, listening
+        )
+    else:
+        found = run(ServerApp(entries, settings), listening)
+    if found:
         raise typer.Exit(console.INTERRUPTED)
