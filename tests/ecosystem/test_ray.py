@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-TEXTS, PROMPTS = 2000, 100
+TEXTS, PROMPTS = 10_000, 500
 SECONDS = 900.0  # that a command may take
 CPU = ("--device", "cpu")
 BATCH = (*CPU, "--cache-memory", "32", "--max-sequences", "2")

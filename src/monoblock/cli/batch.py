@@ -73,7 +73,7 @@ def batch(
 
     need_pytorch("monoblock batch")
     found = batch_models.entries(models, hub)
-    check_entries(tensor_parallel, found)
+    check_entries(tensor_parallel, found, hub)
     options = batch_models.decisive(found, models, hub)
     with BatchResults.opened(output, restart=restart, retry=retry_failed) as results:
         counts = _run(source, results, options, _answering(found, models, hub, options, actors, tensor_parallel))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +32,7 @@ def run(
     `replicas`. ValueError: a number that the machines do not allow; RuntimeError: the replicas do not start."""
     from monoblock.cluster.actors import LOCAL, connected
 
-    stopped, interrupted = threading.Event(), False
+    stopped, interrupted, output = threading.Event(), False, sys.stdout
 
     def stop(number: int, frame: object) -> None:
         nonlocal interrupted
@@ -69,7 +71,8 @@ def run(
             app = application(settings, sources, options)
             try:
                 serve.run(app, name=APP, route_prefix="/", logging_config=quiet)
-                listening(f"http://{settings.host}:{port}")
+                with contextlib.redirect_stdout(output):  # which `connected` has redirected
+                    listening(f"http://{settings.host}:{port}")
                 stopped.wait()
             finally:
                 if cluster.local:

@@ -180,7 +180,7 @@ def serve(
         hub=hub.kwargs(),
     )
     sources: list[str | None] = [*models] if models else [None]
-    _run(sources, name or [], adapter or [], settings, actors, max_replicas)
+    _run(sources, name or [], adapter or [], settings, hub, actors, max_replicas)
 
 
 def _run(
@@ -188,6 +188,7 @@ def _run(
     names: list[str],
     adapters: list[str],
     settings: ServerSettings,
+    hub: DownloadOptions,
     actors: RayOptions,
     most: int | None,
 ) -> None:
@@ -199,7 +200,7 @@ def _run(
     from monoblock.serving.server.running import serve as run
 
     entries = entries_of(sources, names, adapters, settings.hub)
-    check_entries(settings.tensor_parallel, entries)
+    check_entries(settings.tensor_parallel, entries, hub)
     if sources == [None] and all(entry.name != demo_embeddings.NAME for entry in entries):
         entries.append(ModelEntry(demo_embeddings.NAME, demo_embeddings.NAME, ModelKind.EMBED, extra=True))
     if not settings.loopback and settings.api_key is None:

@@ -12,6 +12,7 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.options import DownloadOptions, FrameworkModelOptions
+from monoblock.partition import check_shards
 
 if TYPE_CHECKING:
     from monoblock.serving.server.registry import ModelEntry
@@ -32,14 +33,26 @@ def refuse_together(tensor_parallel: int, **others: Any) -> None:
             raise typer.BadParameter(f"--tensor-parallel does not go with --{name.replace('_', '-')}")
 
 
-def check_entries(tensor_parallel: int, entries: Sequence[ModelEntry]) -> None:
-    """ValueError unless one of the models generates text, which is the one that is sharded."""
-    generating = [entry.name for entry in entries if entry.kind == "generate"]
-    if tensor_parallel > 1 and len(generating) != 1:
-        found = ", ".join(generating) or "none"
+def check_entries(tensor_parallel: int, entries: Sequence[ModelEntry], hub: DownloadOptions) -> None:
+    """ValueError unless one of the models generates text, which is the one that is sharded, and it divides."""
+    if tensor_parallel == 1:
+        return
+    generating = [entry for entry in entries if entry.kind == "generate"]
+    if len(generating) != 1:
+        found = ", ".join(entry.name for entry in generating) or "none"
         raise ValueError(
             f"--tensor-parallel shards one model that generates text; the models that do are: {found}"
         )
+    check_shards(spec_of(generating[0].source, hub), tensor_parallel, "--tensor-parallel")
+
+
+def spec_of(model: str | None, hub: DownloadOptions) -> Any:
+    """The spec of a model, from its config."""
+    from monoblock import AutoConfig
+    from monoblock.cli.engine import locate
+
+    path, _ = locate(model)
+    return AutoConfig.from_pretrained(path, **(hub.kwargs() if model else {})).to_spec()
 
 
 @contextmanager
@@ -54,14 +67,10 @@ def processes(
     """Start the other processes, which complete the same text (`limit`: new tokens by default); within, this process is
     the first of them. The command ends with an error if one of them fails. ValueError: the model does not divide into
     that many shards."""
-    from monoblock import AutoConfig
-    from monoblock.cli.engine import locate
     from monoblock.pipelines.frameworks import FRAMEWORKS
 
-    path, _ = locate(source.model)
-    spec = AutoConfig.from_pretrained(path, **(hub.kwargs() if source.model else {})).to_spec()
     starter = FRAMEWORKS["pt"].processes
-    starter.check(spec, count, source.device, "--tensor-parallel")
+    starter.check(spec_of(source.model, hub), count, source.device, "--tensor-parallel")
     peers = starter.Peers(count, source.device, complete, source, hub, text, limit, options)
     ended = threading.Event()
 

@@ -47,7 +47,7 @@ APP = "monoblock"  # the application's name
 KEY = "MONOBLOCK_API_KEY"
 AHEAD = 2  # requests of a replica for each sequence that it computes at once
 STARTS = 3  # attempts to start a replica until the deployment fails
-HEALTH = 10  # seconds between two checks of a replica, and that a check may take
+HEALTH, HEALTHY = 10, 30  # seconds between two checks of a replica, and that a check may take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def application(settings: ServerSettings, sources: tuple[Any, ...], options: Rep
         max_queued_requests=settings.engine.max_waiting,
         max_constructor_retry_count=STARTS,
         health_check_period_s=HEALTH,
-        health_check_timeout_s=HEALTH,
+        health_check_timeout_s=HEALTHY,
         graceful_shutdown_timeout_s=settings.drain_timeout,
     )
     # All requests pass the front: it must not be what limits them.
