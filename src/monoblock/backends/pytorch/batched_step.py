@@ -82,13 +82,20 @@ def wanted_rows(chunks: Sequence[SequenceChunk], device: torch.device) -> Tensor
 
 def scores(model: Any, chunks: Sequence[SequenceChunk], caches: Sequence[DynamicCache]) -> Tensor:
     """The scores (sum of wanted, vocabulary) of a causal language model, float32."""
+    context = batch_context(model.bare.spec, chunks, caches, model.device)
+    hidden = model.bare.embedded(embedded(model, chunks), context)
+    return head_scores(model, run_stage(model, hidden, context), chunks)
+
+
+def run_stage(
+    model: Any, hidden: Tensor, context: ForwardContext, start: int = 0, end: int | None = None
+) -> Tensor:
+    """The output (1, s, w) of the layers from `start` to `end` - 1, after the last one normed; all by default."""
     base = model.bare
-    context = batch_context(base.spec, chunks, caches, model.device)
-    hidden = base.embedded(embedded(model, chunks), context)
     part = base.role("stack") if base.has("stack") else base
-    for layer, own in layer_contexts(part, hidden, context):
+    for layer, own in layer_contexts(part, hidden, context)[start:end]:
         hidden = own.after(layer(hidden, own))
-    return head_scores(model, finished(part, hidden, context), chunks)
+    return finished(part, hidden, context) if end in (None, base.spec.layers) else hidden
 
 
 def head_scores(model: Any, hidden: Tensor, chunks: Sequence[SequenceChunk]) -> Tensor:

@@ -135,20 +135,25 @@ class _Runner:
 
     def embed_images(self, inputs: dict[str, Any]) -> EmbeddedImages:
         """The embeddings of the images of a processor's output for one text; see `BatchRunner`."""
-        ids = torch.as_tensor(inputs["input_ids"])
-        given = {name: value for name, value in inputs.items() if "image" in name or "pixel" in name}
-        with torch.inference_mode():
-            plain = self.model.get_input_embeddings()(ids.to(self.model.device))
-            embeds = self.model.embed(ids.to(self.model.device), given)
-        changed = (embeds != plain).any(-1)[0]
-        rows = torch.where(changed, changed.cumsum(0) - 1, -1)
-        kept = embeds[0][changed].float().cpu().contiguous()
-        return EmbeddedImages(
-            tokens=ids[0].tolist(),
-            embeds=kept,
-            rows=rows.tolist(),
-            digest=hashlib.sha256(kept.numpy().tobytes()).digest(),
-        )
+        return embed_images(self.model, inputs)
+
+
+def embed_images(model: Any, inputs: dict[str, Any]) -> EmbeddedImages:
+    """The embeddings of the images of a processor's output for one text."""
+    ids = torch.as_tensor(inputs["input_ids"])
+    given = {name: value for name, value in inputs.items() if "image" in name or "pixel" in name}
+    with torch.inference_mode():
+        plain = model.get_input_embeddings()(ids.to(model.device))
+        embeds = model.embed(ids.to(model.device), given)
+    changed = (embeds != plain).any(-1)[0]
+    rows = torch.where(changed, changed.cumsum(0) - 1, -1)
+    kept = embeds[0][changed].float().cpu().contiguous()
+    return EmbeddedImages(
+        tokens=ids[0].tolist(),
+        embeds=kept,
+        rows=rows.tolist(),
+        digest=hashlib.sha256(kept.numpy().tobytes()).digest(),
+    )
 
 
 class NativeRunner(_Runner):

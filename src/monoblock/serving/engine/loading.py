@@ -10,7 +10,7 @@ from monoblock.pipelines.frameworks import FRAMEWORKS, of_model
 from monoblock.serving.engine.engine import Engine
 from monoblock.serving.engine.options import EngineOptions
 
-SHARDED = "tensor_parallel"  # the argument's name in errors
+SHARDED, STAGES = "tensor_parallel", "pipeline_parallel"  # the arguments' names in errors
 
 
 def load_engine(
@@ -24,12 +24,14 @@ def load_engine(
     adapter: str | None = None,
     hub: dict[str, Any] | None = None,
     tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
 ) -> Engine:
     """The engine of a model in a folder or on the hub; None: the embedded demo.
 
     `name`: under which it is served; `quantize`: "int8", "int4" or "lossless"; `device`: "auto" (a GPU if there is
     one), "cpu", "cuda", ...; `adapter`: folder or name of a LoRA adapter; `hub`: download options of `from_pretrained`;
-    `tensor_parallel`: processes over which the model is sharded, this one and others that are started.
+    `tensor_parallel` or `pipeline_parallel`: processes that hold shards or layers of the model, this one and others
+    that are started.
     ImportError without PyTorch; ValueError for a model that does not generate text, whose tokenizer is missing, or that
     cannot be sharded; RuntimeError if a process fails.
     """
@@ -49,13 +51,16 @@ def load_engine(
     if quantize is not None:
         arguments["quantization_config"] = quantize
     tokenizer: Any = monoblock.AutoTokenizer.from_pretrained(path, **where)
-    if tensor_parallel > 1:
+    if tensor_parallel > 1 or pipeline_parallel > 1:
+        count, stages = max(tensor_parallel, pipeline_parallel), pipeline_parallel > 1
+        if stages and tensor_parallel > 1:
+            raise ValueError(f"{SHARDED} and {STAGES} do not go together: give one")
         if adapter is not None:
             raise ValueError(
-                f"{SHARDED}={tensor_parallel}: an adapter is not supported; merge it into the model's files"
+                f"{STAGES if stages else SHARDED}={count}: an adapter is not supported; merge it into the model's files"
             )
         found = options or EngineOptions()
-        return _sharded(path, arguments, tokenizer, found, name or model, where, device, tensor_parallel)
+        return _on_processes(path, arguments, tokenizer, found, name or model, where, device, count, stages)
     arguments |= framework.engine_adapter.placement(device)
     loaded: Any = monoblock.AutoModelForCausalLM.from_pretrained(path, **arguments)
     if adapter is not None:
@@ -65,7 +70,7 @@ def load_engine(
     )
 
 
-def _sharded(
+def _on_processes(
     path: str,
     arguments: dict[str, Any],
     tokenizer: Any,
@@ -74,18 +79,21 @@ def _sharded(
     where: dict[str, Any],
     device: str,
     count: int,
+    stages: bool,
 ) -> Engine:
-    """The engine of a model that this process and count - 1 others share."""
+    """The engine of a model of which this process and count - 1 others hold shards, or stages."""
     import monoblock
 
     framework = FRAMEWORKS["pt"]
     spec = monoblock.AutoConfig.from_pretrained(path, **where).to_spec()
-    framework.processes.check(spec, count, device, SHARDED)
-    peers = framework.processes.Peers(count, device, follow, path, arguments)
+    backend = framework.sharded_engine
+    framework.processes.check(spec, count, device, STAGES if stages else SHARDED, stages=stages)
+    work = follow_stage if stages else follow
+    peers = framework.processes.Peers(count, device, work, path, arguments)
     try:
-        model: Any = monoblock.AutoModelForCausalLM.from_pretrained(path, **arguments, tp_plan="auto")
-        model.eval()
-        runner = framework.sharded_engine.ShardedRunner(model, peers, options.cache_memory)
+        model = _part(path, arguments, stages)
+        make = backend.PipelineRunner if stages else backend.ShardedRunner
+        runner = make(model, peers, options.cache_memory)
         processor = processor_of(model, path, where)
         engine = Engine(model, tokenizer, runner, name=name or "", processor=processor, options=options)
     except Exception as error:
@@ -97,12 +105,25 @@ def _sharded(
     return engine
 
 
-def follow(receive: Callable[[], Any], path: str, arguments: dict[str, Any]) -> None:
-    """The work of a process other than the first."""
+def _part(path: str, arguments: dict[str, Any], stages: bool) -> Any:
+    """This process's shard or stage of a model."""
     import monoblock
 
-    model: Any = monoblock.AutoModelForCausalLM.from_pretrained(path, **arguments, tp_plan="auto")
-    FRAMEWORKS["pt"].sharded_engine.follow(model, receive)
+    load = monoblock.AutoModelForCausalLM.from_pretrained
+    if not stages:
+        return load(path, **arguments, tp_plan="auto").eval()
+    with FRAMEWORKS["pt"].processes.as_stage() as device:
+        return load(path, **arguments, **device).eval()
+
+
+def follow(receive: Callable[[], Any], path: str, arguments: dict[str, Any]) -> None:
+    """The work of a process other than the first, with a shard."""
+    FRAMEWORKS["pt"].sharded_engine.follow(_part(path, arguments, False), receive)
+
+
+def follow_stage(receive: Callable[[], Any], path: str, arguments: dict[str, Any]) -> None:
+    """The work of a process other than the first, with a stage."""
+    FRAMEWORKS["pt"].sharded_engine.follow_stage(_part(path, arguments, True), receive)
 
 
 def make_engine(

@@ -19,12 +19,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from monoblock.backends.pytorch.parallel.stages import check_stages, constructing_stage
 from monoblock.partition import check_shards
 
 HOST = "127.0.0.1"
@@ -37,10 +38,10 @@ DEVICES = ("auto", "cpu", "cuda")
 Receive = Callable[[], Any]
 
 
-def check(spec: Any, count: int, device: str, argument: str) -> None:
-    """ValueError: the model does not divide into `count` shards, or there are not enough GPUs. `argument`: its name in
-    errors."""
-    check_shards(spec, count, argument)
+def check(spec: Any, count: int, device: str, argument: str, *, stages: bool = False) -> None:
+    """ValueError: the model does not divide into `count` shards (or `stages`), or there are not enough GPUs.
+    `argument`: its name in errors."""
+    (check_stages if stages else check_shards)(spec, count, argument)
     if device not in DEVICES:
         raise ValueError(f"device {device}: {argument} takes auto, cpu or cuda, a GPU for each process")
     if device == "cuda" and torch.cuda.device_count() < count:
@@ -50,6 +51,14 @@ def check(spec: Any, count: int, device: str, argument: str) -> None:
 def on_gpus(device: str, count: int) -> bool:
     """Whether that many processes run on GPUs: on one each."""
     return device != "cpu" and torch.cuda.device_count() >= count
+
+
+@contextlib.contextmanager
+def as_stage() -> Iterator[dict[str, Any]]:
+    """A context in which this process of the group loads its stage; the arguments of `from_pretrained` for its device."""
+    place = {"device_map": f"cuda:{torch.cuda.current_device()}"} if dist.get_backend() == "nccl" else {}
+    with constructing_stage(dist.get_rank(), dist.get_world_size()):
+        yield place
 
 
 class Peers:
@@ -196,7 +205,7 @@ def _join(store: Any, rank: int, count: int, gpus: bool) -> None:
 
 
 @contextlib.contextmanager
-def _loopback() -> Any:
+def _loopback() -> Iterator[None]:
     """gloo uses the interface of the machine's own address, which other machines may reach; by its name, the
     loopback."""
     name, variable = "lo", "GLOO_SOCKET_IFNAME"
