@@ -77,7 +77,10 @@ def test_manifests_refer_to_each_other() -> None:
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         check = server[probe].get("httpGet") or server[probe]["tcpSocket"]
         assert check["port"] in ports and check.get("path", "/health") == "/health"
-    clusters = [MANIFESTS["RayJob"]["spec"]["rayClusterSpec"], MANIFESTS["RayService"]["spec"]["rayClusterConfig"]]
+    clusters = [
+        MANIFESTS["RayJob"]["spec"]["rayClusterSpec"],
+        MANIFESTS["RayService"]["spec"]["rayClusterConfig"],
+    ]
     groups = [group for c in clusters for group in (c["headGroupSpec"], *c["workerGroupSpecs"])]
     for spec in [pod("Deployment"), *(group["template"]["spec"] for group in groups)]:
         volumes = {volume["name"] for volume in spec["volumes"]}
@@ -111,7 +114,9 @@ def test_the_service_on_ray() -> None:
     cluster = spec["rayClusterConfig"]
     [group] = cluster["workerGroupSpecs"]
     [worker] = group["template"]["spec"]["containers"]
-    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0" and cluster["enableInTreeAutoscaling"]
+    assert (
+        cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0" and cluster["enableInTreeAutoscaling"]
+    )
     assert int(worker["resources"]["limits"]["cpu"]) == app["args"]["threads"]
     assert group["minReplicas"] == app["args"]["replicas"]
     assert group["maxReplicas"] == app["args"]["max_replicas"]

@@ -1,4 +1,4 @@
-"""`serve`, `batch` and `LLM` with a model that is sharded over processes: the tokens are those of one process, and every
+"""`serve`, `batch` and `LLM` with a model that is sharded over processes: the tokens are those of one process, and a
 failure of a process is an end."""
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def others(parent: int) -> list[int]:
     found: set[int] = set()
     for task in Path(f"/proc/{parent}/task").iterdir():
         found |= {int(pid) for pid in (task / "children").read_text().split()}
-    return [pid for pid in sorted(found) if b"parallel.processes" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [
+        pid for pid in sorted(found) if b"parallel.processes" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 def ended(pid: int) -> bool:
@@ -173,7 +175,7 @@ def test_the_server_finishes_its_requests_after_a_signal_to_all_processes() -> N
     with served(*PARALLEL) as server:
         assert server.post().status_code == 200
         refused_view = server.http.post("/attention", json={"prompt": "x"})
-        assert "are not shown for a model with --tensor-parallel" in refused_view.text
+        assert "are not shown for a model in several processes" in refused_view.text
         [other] = others(server.process.pid)
         thread, answers = begun(server)
         for pid in (other, server.process.pid):
@@ -258,5 +260,5 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
     says("--tensor-parallel does not go with --adapter", "--adapter", "a=b", code=2)
     says("--tensor-parallel does not go with --prefix-cache", "--prefix-cache", code=2)
-    says("shards one model that generates text; the models that do are: none", "demo-embeddings")
+    says("divides one model that generates text; the models that do are: none", "demo-embeddings")
     assert "the 6 attention heads" in refused("--tensor-parallel", "4")[1]

@@ -90,7 +90,9 @@ def test_no_request_is_lost_when_a_replica_is_killed(tmp_path: Path) -> None:
 def test_the_application_of_serve_run() -> None:
     from monoblock.cluster.serve import build_app
 
-    app = build_app({"models": "a,b", "replicas": "2", "max_replicas": 4, "threads": 3, "cache_memory": "100"})
+    app = build_app(
+        {"models": "a,b", "replicas": "2", "max_replicas": 4, "threads": 3, "cache_memory": "100"}
+    )
     [front] = [app._bound_deployment]
     [bound, body] = front.init_args
     deployment = bound._bound_deployment if hasattr(bound, "_bound_deployment") else bound

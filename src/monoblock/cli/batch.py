@@ -16,7 +16,7 @@ from monoblock.cli.batch_models import BatchModelOptions
 from monoblock.cli.options import DownloadOptions
 from monoblock.cli.progress import progress
 from monoblock.cli.ray_options import RayCommand, RayOptions
-from monoblock.cli.shards import TensorParallel, check_entries, refuse_together
+from monoblock.cli.shards import ProcessOptions
 
 if TYPE_CHECKING:
     from monoblock.serving.batch import Answering, BatchCounts
@@ -46,7 +46,7 @@ def batch(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Answer the requests again whose results are errors.")
     ] = False,
-    tensor_parallel: TensorParallel = 1,
+    processes: ProcessOptions,
     actors: RayOptions,
     hub: DownloadOptions,
 ) -> None:
@@ -59,7 +59,7 @@ def batch(
     if restart and retry_failed:
         raise typer.BadParameter("give --restart or --retry-failed, not both")
     actors.check(models.device)
-    refuse_together(tensor_parallel, ray=actors.ray, adapter=models.adapter)
+    processes.refuse(ray=actors.ray, adapter=models.adapter)
     if not source.is_file():
         raise typer.BadParameter(f"{source} is not a file", param_hint="IN.jsonl")
     if output.resolve() == source.resolve():
@@ -73,10 +73,10 @@ def batch(
 
     need_pytorch("monoblock batch")
     found = batch_models.entries(models, hub)
-    check_entries(tensor_parallel, found, hub)
+    processes.check(found, hub)
     options = batch_models.decisive(found, models, hub)
     with BatchResults.opened(output, restart=restart, retry=retry_failed) as results:
-        counts = _run(source, results, options, _answering(found, models, hub, options, actors, tensor_parallel))
+        counts = _run(source, results, options, _answering(found, models, hub, options, actors, processes))
     if counts.failed:
         console.note(f"{counts.failed:,} of {counts.total:,} requests failed: their results have the error")
     console.rows(str(output), [("requests", f"{counts.total:,}"), ("failed", f"{counts.failed:,}")])
@@ -88,12 +88,12 @@ def _answering(
     hub: DownloadOptions,
     options: str,
     actors: RayOptions,
-    tensor_parallel: int,
+    processes: ProcessOptions,
 ) -> Callable[[], AbstractAsyncContextManager[Answering]]:
     """What loads the models and answers requests: this process, or actors of Ray."""
     from monoblock.serving.batch import answers
 
-    settings = batch_models.settings(models, hub, tensor_parallel)
+    settings = batch_models.settings(models, hub, processes)
 
     def here() -> AbstractAsyncContextManager[Answering]:
         console.note("loading ...")

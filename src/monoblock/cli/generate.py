@@ -12,7 +12,7 @@ import typer
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import DownloadOptions, FrameworkModelOptions, FrameworkName, SamplingOptions
-from monoblock.cli.shards import TensorParallel
+from monoblock.cli.shards import ProcessOptions
 from monoblock.texts import read_text
 
 app = sub_app()
@@ -38,7 +38,7 @@ def generate(
     echo: Annotated[
         bool | None, typer.Option("--echo/--no-echo", help="Print the prompt first; default: at a terminal.")
     ] = None,
-    tensor_parallel: TensorParallel = 1,
+    processes: ProcessOptions,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No counts and speeds on stderr.")] = False,
 ) -> None:
     """Continue a text with a model; without --model, with the embedded demo, a tiny model for Python code.
@@ -49,19 +49,20 @@ def generate(
     """
     text = read_prompt(prompt, file)
     options = sampling.kwargs()
-    from monoblock.cli import engine
+    from monoblock.cli import engine, shards, stages
 
+    processes.refuse()
+    if processes.option is not None:
+        if source.framework not in (None, FrameworkName.PYTORCH):
+            raise typer.BadParameter(f"{processes.option} needs PyTorch; drop --framework {source.framework}")
+        engine.need_pytorch(f"monoblock generate {processes.option}")
     with contextlib.ExitStack() as stack:
-        if tensor_parallel > 1:
-            from monoblock.cli import shards
-
-            if source.framework not in (None, FrameworkName.PYTORCH):
-                raise typer.BadParameter(
-                    f"--tensor-parallel needs PyTorch; drop --framework {source.framework}"
-                )
-            engine.need_pytorch("monoblock generate --tensor-parallel")
-            stack.enter_context(shards.processes(tensor_parallel, source, hub, text, MAX_NEW_TOKENS, options))
+        if processes.tensor_parallel > 1:
+            count = processes.tensor_parallel
+            stack.enter_context(shards.processes(count, source, hub, text, MAX_NEW_TOKENS, options))
             loaded = engine.load(source, hub, sharded=True)
+        elif processes.pipeline_parallel > 1:
+            loaded = stack.enter_context(stages.loaded(processes.pipeline_parallel, source, hub))
         else:
             loaded = engine.load(source, hub)
         interrupted = _complete(loaded, text, options, stream, echo, quiet)

@@ -28,9 +28,9 @@ def run(
     settings: ServerSettings,
     listening: Callable[[str], None],
 ) -> bool:
-    """Serve until a signal; whether it was Ctrl-C. `most`: replicas that Ray Serve may have under load; None: as many as
-    `replicas`. ValueError: a number that the machines do not allow; RuntimeError: the replicas do not start."""
-    from monoblock.cluster.actors import LOCAL, connected
+    """Serve until a signal; whether it was Ctrl-C. `most`: replicas that Ray Serve may have under load; None: as many
+    as `replicas`. ValueError: a number that the machines do not allow; RuntimeError: the replicas do not start."""
+    from monoblock.cluster.actors import connected
 
     stopped, interrupted, output = threading.Event(), False, sys.stdout
 

@@ -12,7 +12,7 @@ from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import DownloadOptions, Dtype, Quantize
 from monoblock.cli.ray_options import RayCommand, RayOptions
-from monoblock.cli.shards import TensorParallel, check_entries, refuse_together
+from monoblock.cli.shards import ProcessOptions
 from monoblock.texts import read_text
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def serve(
         bool | None,
         typer.Option(help="Keep the cache of earlier prompts for later ones; default: where it is possible."),
     ] = None,
-    tensor_parallel: TensorParallel = 1,
+    processes: ProcessOptions,
     actors: RayOptions,
     max_replicas: Annotated[
         int | None,
@@ -140,7 +140,7 @@ def serve(
     actors.check(device)
     if max_replicas is not None and (actors.ray is None or max_replicas < (actors.replicas or 1)):
         raise typer.BadParameter("--max-replicas needs --ray, and is at least --replicas")
-    refuse_together(tensor_parallel, adapter=adapter, prefix_cache=prefix_cache, ray=actors.ray)
+    processes.refuse(adapter=adapter, prefix_cache=prefix_cache, ray=actors.ray)
     from monoblock.serving.engine.options import EngineOptions
     from monoblock.serving.server.settings import Limits, ServerSettings
 
@@ -176,11 +176,12 @@ def serve(
             "device": device,
             "quantize": None if quantize is None else quantize.value,
         },
-        tensor_parallel=tensor_parallel,
+        tensor_parallel=processes.tensor_parallel,
+        pipeline_parallel=processes.pipeline_parallel,
         hub=hub.kwargs(),
     )
     sources: list[str | None] = [*models] if models else [None]
-    _run(sources, name or [], adapter or [], settings, hub, actors, max_replicas)
+    _run(sources, name or [], adapter or [], settings, hub, processes, actors, max_replicas)
 
 
 def _run(
@@ -189,6 +190,7 @@ def _run(
     adapters: list[str],
     settings: ServerSettings,
     hub: DownloadOptions,
+    processes: ProcessOptions,
     actors: RayOptions,
     most: int | None,
 ) -> None:
@@ -200,7 +202,7 @@ def _run(
     from monoblock.serving.server.running import serve as run
 
     entries = entries_of(sources, names, adapters, settings.hub)
-    check_entries(settings.tensor_parallel, entries, hub)
+    processes.check(entries, hub)
     if sources == [None] and all(entry.name != demo_embeddings.NAME for entry in entries):
         entries.append(ModelEntry(demo_embeddings.NAME, demo_embeddings.NAME, ModelKind.EMBED, extra=True))
     if not settings.loopback and settings.api_key is None:

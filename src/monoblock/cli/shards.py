@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,33 +18,57 @@ from monoblock.partition import check_shards
 if TYPE_CHECKING:
     from monoblock.serving.server.registry import ModelEntry
 
-TensorParallel = Annotated[
-    int,
-    typer.Option(
-        min=1, help="Shard the model over this many processes of this machine, on GPUs or CPUs (PyTorch)."
-    ),
-]
 HUNG = 5.0  # seconds after the failure of another process until this one ends, if it does not by itself
 
 
-def refuse_together(tensor_parallel: int, **others: Any) -> None:
-    """Usage error for options (by name, underscores for hyphens) that do not go with --tensor-parallel."""
-    for name, value in others.items():
-        if tensor_parallel > 1 and value:
-            raise typer.BadParameter(f"--tensor-parallel does not go with --{name.replace('_', '-')}")
+@dataclass(frozen=True, kw_only=True)
+class ProcessOptions:
+    """The processes of this machine that hold a model: shards of it, or stages."""
 
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Shard the model over this many processes of this machine, on GPUs or CPUs (PyTorch)."
+        ),
+    ] = 1
+    pipeline_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Divide the layers among this many processes of this machine, on GPUs or CPUs (PyTorch).",
+        ),
+    ] = 1
 
-def check_entries(tensor_parallel: int, entries: Sequence[ModelEntry], hub: DownloadOptions) -> None:
-    """ValueError unless one of the models generates text, which is the one that is sharded, and it divides."""
-    if tensor_parallel == 1:
-        return
-    generating = [entry for entry in entries if entry.kind == "generate"]
-    if len(generating) != 1:
-        found = ", ".join(entry.name for entry in generating) or "none"
-        raise ValueError(
-            f"--tensor-parallel shards one model that generates text; the models that do are: {found}"
-        )
-    check_shards(spec_of(generating[0].source, hub), tensor_parallel, "--tensor-parallel")
+    @property
+    def option(self) -> str | None:
+        """The option that asks for several processes, for messages; None: there is one process."""
+        return next((f"--{name.replace('_', '-')}" for name, count in vars(self).items() if count > 1), None)
+
+    def refuse(self, **others: Any) -> None:
+        """Usage error for both options together, or for options (by name) that do not go with one of them."""
+        if min(self.tensor_parallel, self.pipeline_parallel) > 1:
+            raise typer.BadParameter("--tensor-parallel does not go with --pipeline-parallel: give one")
+        for name, value in others.items():
+            if self.option is not None and value:
+                raise typer.BadParameter(f"{self.option} does not go with --{name.replace('_', '-')}")
+
+    def check(self, entries: Sequence[ModelEntry], hub: DownloadOptions) -> None:
+        """ValueError unless one of the models generates text, which is the one that is divided, and it can be."""
+        if self.option is None:
+            return
+        generating = [entry for entry in entries if entry.kind == "generate"]
+        if len(generating) != 1:
+            found = ", ".join(entry.name for entry in generating) or "none"
+            raise ValueError(
+                f"{self.option} divides one model that generates text; the models that do are: {found}"
+            )
+        spec = spec_of(generating[0].source, hub)
+        if self.tensor_parallel > 1:
+            check_shards(spec, self.tensor_parallel, "--tensor-parallel")
+        elif self.pipeline_parallel > spec.layers:
+            raise ValueError(
+                f"--pipeline-parallel {self.pipeline_parallel}: the model has {spec.layers} layers"
+            )
 
 
 def spec_of(model: str | None, hub: DownloadOptions) -> Any:

@@ -1,4 +1,4 @@
-"""The front of replicas: an ASGI application that hands each request to one of them, and to another one if that dies."""
+"""The front of replicas: an ASGI application that hands each request to one of them, to another one if that dies."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Replicas:
 class Front:
     """The application. `body`: bytes of a request at most.
 
-    A request whose replica dies before the first byte of its answer is sent is given to another one; afterwards a stream
-    ends with an error, and so does another answer, by a connection that is closed too early. Without a replica that
-    answers, the status is 503 with Retry-After.
+    A request whose replica dies before the first byte of its answer is sent is given to another one; afterwards a
+    stream ends with an error, and so does another answer, by a connection that is closed too early. Without a replica
+    that answers, the status is 503 with Retry-After.
     """
 
     def __init__(self, replicas: Replicas, body: int) -> None:

@@ -168,8 +168,8 @@ class Entrance:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeArguments:
-    """The arguments of `build_app`. `models`, `names`: several are separated by commas; `cache_memory` in MB. The key of
-    the API is the environment variable MONOBLOCK_API_KEY."""
+    """The arguments of `build_app`. `models`, `names`: several are separated by commas; `cache_memory` in MB. The key
+    of the API is the environment variable MONOBLOCK_API_KEY."""
 
     models: str = ""
     names: str = ""
@@ -194,7 +194,7 @@ def build_app(args: Mapping[str, Any]) -> Any:
     given = ServeArguments(**{name: _typed(name, value, known[name]) for name, value in args.items()})
     threads = given.threads or available_threads()
     settings = ServerSettings(
-        host="0.0.0.0",  # noqa: S104: Ray Serve's proxy listens; requests come under any name
+        host="0.0.0.0",
         api_key=os.environ.get(KEY) or None,
         drain_timeout=given.drain_timeout,
         limits=Limits(waiting=given.max_waiting),

@@ -44,8 +44,9 @@ class BatchRunner(Protocol):
     """A model and the KV caches of the sequences of an engine.
 
     `divides`: a sequence's scores have the same bits however it is divided into chunks, so that a prompt may be
-    computed in chunks, its blocks shared, and a sequence recomputed. `why`: why not, or None. `drafts`: a chunk may have
-    tokens that the sequence does not get, after the next one. `failure`: the error after which no step can be computed.
+    computed in chunks, its blocks shared, and a sequence recomputed. `why`: why not, or None. `drafts`: a chunk may
+    have tokens that the sequence does not get, after the next one. `failure`: the error after which no step can be
+    computed.
     """
 
     ops: ArrayOps

@@ -74,9 +74,10 @@ async def attention(request: Request) -> Response:
 
 
 async def _answer(body: Any, model: TextModel, state: ServerState) -> dict[str, Any]:
-    if model.engine.core.model.tensor_group is not None:
+    whole = model.engine.core.model
+    if whole.tensor_group is not None or whole.pipeline_stage is not None:
         raise ApiError(
-            "attention weights are not shown for a model with --tensor-parallel: serve it by one process",
+            "attention weights are not shown for a model in several processes: serve it by one",
             param="model",
             code="model_not_supported",
         )

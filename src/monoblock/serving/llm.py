@@ -61,6 +61,7 @@ class LLM:
         max_num_batched_tokens: int = 256,
         enable_prefix_caching: bool | None = None,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         **hub: Any,
     ) -> None:
         """
@@ -80,6 +81,7 @@ class LLM:
                 possible.
             tensor_parallel_size: processes of this machine over which a model that generates text is sharded, this one
                 and others that are started; on GPUs, one each, or CPUs.
+            pipeline_parallel_size: processes among which its layers are divided instead.
             hub: the download options `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
                 `subfolder`.
         """
@@ -101,7 +103,11 @@ class LLM:
             max_model_len=max_model_len,
             prefix_cache=enable_prefix_caching is not False,
         )
-        self._shards = self._checked_shards(tensor_parallel_size, enable_prefix_caching)
+        sizes = {"tensor_parallel": tensor_parallel_size, "pipeline_parallel": pipeline_parallel_size}
+        self._processes = {
+            name: self._checked_size(f"{name}_size", size, enable_prefix_caching)
+            for name, size in sizes.items()
+        }
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         if self.task == "generate":
@@ -111,20 +117,18 @@ class LLM:
                 f"adapter is for models that generate text; this one is for the task {self.task!r}"
             )
 
-    def _checked_shards(self, count: Any, prefix_caching: bool | None) -> int:
+    def _checked_size(self, option: str, count: Any, prefix_caching: bool | None) -> int:
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"tensor_parallel_size={count!r}: expected a number of processes from 1")
+            raise ValueError(f"{option}={count!r}: expected a number of processes from 1")
         if count == 1:
             return count
         if self.task != "generate":
-            raise ValueError(
-                f"tensor_parallel_size is for models that generate text; this one is for {self.task!r}"
-            )
+            raise ValueError(f"{option} is for models that generate text; this one is for {self.task!r}")
         if self.model is not None and not isinstance(self.model, str | Path):
-            raise ValueError("tensor_parallel_size needs a folder or a name, not a loaded model")
+            raise ValueError(f"{option} needs a folder or a name, not a loaded model")
         for name, given in (("adapter", self._adapter), ("enable_prefix_caching=True", prefix_caching)):
             if given:
-                raise ValueError(f"{name} is not supported with tensor_parallel_size={count}")
+                raise ValueError(f"{name} is not supported with {option}={count}")
         return count
 
     def _detected(self) -> str:
@@ -157,7 +161,7 @@ class LLM:
             device=self._loading["device"] or "auto",
             adapter=self._adapter,
             hub=self._hub or None,
-            tensor_parallel=self._shards,
+            **self._processes,
         )
         if tokenizer is not None:
             engine.tokenizer = tokenizer

@@ -65,7 +65,9 @@ class ModelRegistry:
         self._aliases = {
             e.source: e for e in reversed([*self.entries.values()]) if e.source and not e.adapter
         }
-        self.on_failure: Callable[[BaseException], None] | None = None  # of an engine that can compute no more
+        self.on_failure: Callable[[BaseException], None] | None = (
+            None  # of an engine that can compute no more
+        )
         self._loader = asyncio.Semaphore(1)  # models are read one after another
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -165,6 +167,7 @@ class ModelRegistry:
                 adapter=entry.adapter,
                 hub=hub or None,
                 tensor_parallel=self.settings.tensor_parallel,
+                pipeline_parallel=self.settings.pipeline_parallel,
                 **loading,
             )
         import monoblock

@@ -102,7 +102,7 @@ class ShardedRunner(LeadingRunner):
 
 
 def follow(model: Any, receive: Receive) -> None:
-    """Compute what the first process of a sharded model sends, until it ends (EOFError)."""
+    """Compute what the first process of a sharded model sends, until it ends."""
     model.eval()
     runner = ModuleRunner(model, 0, "", batched=True)
     while True:
@@ -210,7 +210,7 @@ class PipelineRunner(LeadingRunner):
 
 
 def follow_stage(model: Any, receive: Receive) -> None:
-    """Compute a stage of what the first process sends, until it ends (EOFError)."""
+    """Compute a stage of what the first process sends, until it ends."""
     runner = StageRunner(model)
     while True:
         _, dropped, chunks = receive()

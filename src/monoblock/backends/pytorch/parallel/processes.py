@@ -13,6 +13,7 @@ import datetime
 import logging
 import os
 import pickle
+import queue
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +47,9 @@ def check(spec: Any, count: int, device: str, argument: str, *, stages: bool = F
     if device not in DEVICES:
         raise ValueError(f"device {device}: {argument} takes auto, cpu or cuda, a GPU for each process")
     if device == "cuda" and torch.cuda.device_count() < count:
-        raise ValueError(f"{argument}={count}: there are {torch.cuda.device_count()} GPUs; use the device cpu")
+        raise ValueError(
+            f"{argument}={count}: there are {torch.cuda.device_count()} GPUs; use the device cpu"
+        )
 
 
 def on_gpus(device: str, count: int) -> bool:
@@ -55,7 +59,8 @@ def on_gpus(device: str, count: int) -> bool:
 
 @contextlib.contextmanager
 def as_stage() -> Iterator[dict[str, Any]]:
-    """A context in which this process of the group loads its stage; the arguments of `from_pretrained` for its device."""
+    """A context in which this process of the group loads its stage; the arguments of `from_pretrained` for its
+    device."""
     place = {"device_map": f"cuda:{torch.cuda.current_device()}"} if dist.get_backend() == "nccl" else {}
     with constructing_stage(dist.get_rank(), dist.get_world_size()):
         yield place
@@ -64,9 +69,9 @@ def as_stage() -> Iterator[dict[str, Any]]:
 class Peers:
     """The other processes of a group whose first process is this one.
 
-    Each calls `work(receive, *args)`, where `receive()` gives the messages of `send` in order, and raises EOFError after
-    the last one. `failure`: the error of a process that ended too soon; then all others are ended too, so that a
-    collective of this process raises an error, and `on_failure` is called in another thread.
+    Each calls `work(receive, *args)`, where `receive()` waits for the next message of `send`; it ends with this
+    process, or with `close`. `failure`: the error of a process that ended too soon; then all others are ended too, so
+    that a collective of this process raises an error, and `on_failure` is called in another thread.
 
     ValueError: this program is in a process group already. RuntimeError: a process does not start.
     """
@@ -148,7 +153,7 @@ class Peers:
         assert process.stdout is not None
         with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
             while True:
-                kind, text = pickle.load(process.stdout)  # noqa: S301: this program's own process
+                kind, text = pickle.load(process.stdout)
                 if kind == "started":
                     self._started.release()
         code = process.wait()
@@ -227,7 +232,7 @@ def serve() -> None:
     logging.getLogger("monoblock").setLevel(logging.ERROR)  # the first process has the same warnings
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    with open(os.devnull, "rb") as nothing:
+    with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
 
     def report(kind: str, text: str | None = None) -> None:
@@ -235,22 +240,28 @@ def serve() -> None:
             pickle.dump((kind, text), sink)
             sink.flush()
 
+    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        """Read messages. At their end the first process is gone: nobody waits for this one, whatever it does."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                messages.put(pickle.load(source))
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
     try:
-        place = pickle.load(source)  # noqa: S301: written by the process that started this one
-        work, args = pickle.load(source)  # noqa: S301
+        place = messages.get()
+        work, args = messages.get()
         store = dist.TCPStore(HOST, place["port"], place["count"], is_master=False, timeout=TIMEOUT)
         report("started")
         _join(store, place["rank"], place["count"], place["gpus"])
-        work(lambda: pickle.load(source), *args)  # noqa: S301
-    except EOFError:
-        code = 0
+        work(messages.get, *args)
+        threading.Event().wait()  # the first process ends this one
     except BaseException as error:
         report("failed", _described(error))
-        code = 1
-    else:
-        code = 0
-    # Without the end of the interpreter, in which a collective would wait for processes that are gone.
-    os._exit(code)
+        # Without the end of the interpreter, in which a collective would wait for processes that are gone.
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Pipeline stages: each process holds consecutive layers of a model, the first one also the embeddings, the last one the
-final norm and the head (arXiv:1811.06965)."""
+"""Pipeline stages: each process holds consecutive layers of a model, the first one also the embeddings, the last one
+the final norm and the head (arXiv:1811.06965)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ class Stage:
 def check_stages(spec: ArchSpec, count: int, argument: str) -> None:
     """ValueError: there are fewer layers than stages."""
     if not 1 <= count <= spec.layers:
-        raise ValueError(f"{argument}={count}: the model has {spec.layers} layers: give at most as many stages")
+        raise ValueError(
+            f"{argument}={count}: the model has {spec.layers} layers: give at most as many stages"
+        )
 
 
 def stage_of(spec: ArchSpec, index: int, count: int) -> Stage:
@@ -104,6 +106,7 @@ class StageCache(DynamicCache):
 
 
 def placed(model: Any) -> tuple[torch.device, torch.dtype]:
-    """The device and the floating-point dtype of a stage's parameters; each layer has norms, which are not quantised."""
+    """The device and the floating-point dtype of a stage's parameters; each layer has norms, which are not
+    quantised."""
     found = next(x for x in model.parameters() if x.is_floating_point() and x.device.type != "meta")
     return found.device, found.dtype
