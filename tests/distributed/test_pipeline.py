@@ -10,9 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serving_models import CLASSES, engine, model, prompt_of, run
+from serving_models import (  # pyright: ignore[reportMissingImports]
+    CLASSES,
+    engine,
+    model,
+    prompt_of,
+    run,
+)
 from test_generate_command import generate
-from test_serve_command import served
+from test_serve_command import served  # pyright: ignore[reportMissingImports]
 from test_serve_sharded import GREEDY, LONG, OPTIONS, SAMPLED, saved, together
 
 from monoblock import LLM, SamplingParams

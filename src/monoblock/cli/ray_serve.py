@@ -24,7 +24,7 @@ def run(
     address: str,
     replicas: int | None,
     most: int | None,
-    sources: tuple[Any, ...],
+    sources: tuple[list[str | None], list[str], list[str]],
     settings: ServerSettings,
     listening: Callable[[str], None],
 ) -> bool:

@@ -43,6 +43,7 @@ DEAD = (
     DeploymentUnavailableError,
     ReplicaUnavailableError,
 )
+Sources = tuple[list[str | None], list[str], list[str]]  # models, their names, and adapters: of `entries_of`
 APP = "monoblock"  # the application's name
 KEY = "MONOBLOCK_API_KEY"
 AHEAD = 2  # requests of a replica for each sequence that it computes at once
@@ -62,7 +63,7 @@ class ReplicaOptions:
     gpus: float = 0
 
 
-def application(settings: ServerSettings, sources: tuple[Any, ...], options: ReplicaOptions) -> Any:
+def application(settings: ServerSettings, sources: Sources, options: ReplicaOptions) -> Any:
     """The application for `serve.run`. `sources`: the arguments of `entries_of` before the download options."""
     capacity = AHEAD * settings.engine.max_sequences
     scale: dict[str, Any] = {"num_replicas": options.count}
@@ -95,9 +96,7 @@ def application(settings: ServerSettings, sources: tuple[Any, ...], options: Rep
 class Replica:
     """The models, and the server's application on them."""
 
-    async def __init__(
-        self, settings: ServerSettings, sources: tuple[Any, ...], threads: int, folder: str
-    ) -> None:
+    async def __init__(self, settings: ServerSettings, sources: Sources, threads: int, folder: str) -> None:
         prepare(threads, folder)
         from monoblock.serving.server.app import ServerApp
 
@@ -210,7 +209,8 @@ def build_app(args: Mapping[str, Any]) -> Any:
             "quantize": given.quantize,
         },
     )
-    sources = (given.models.split(",") if given.models else [None], _names(given.names), [])
+    models: list[str | None] = [*given.models.split(",")] if given.models else [None]
+    sources: Sources = (models, _names(given.names), [])
     options = ReplicaOptions(
         count=given.replicas, most=given.max_replicas, threads=threads, cpus=threads, gpus=given.gpus
     )

@@ -161,7 +161,8 @@ class LLM:
             device=self._loading["device"] or "auto",
             adapter=self._adapter,
             hub=self._hub or None,
-            **self._processes,
+            tensor_parallel=self._processes["tensor_parallel"],
+            pipeline_parallel=self._processes["pipeline_parallel"],
         )
         if tokenizer is not None:
             engine.tokenizer = tokenizer

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from monoblock.backends.pytorch.parallel.stages import check_stages, constructing_stage
 from monoblock.partition import check_shards
@@ -91,7 +92,7 @@ class Peers:
         gpus = on_gpus(device, count)
         self._threads = torch.get_num_threads()
         threads = self._threads if gpus else max(1, self._threads // count)
-        store = dist.TCPStore(HOST, 0, count, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        store = TCPStore(HOST, 0, count, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
         place = {"count": count, "port": store.port, "gpus": gpus}
         job = pickle.dumps((work, args))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -253,7 +254,7 @@ def serve() -> None:
     try:
         place = messages.get()
         work, args = messages.get()
-        store = dist.TCPStore(HOST, place["port"], place["count"], is_master=False, timeout=TIMEOUT)
+        store = TCPStore(HOST, place["port"], place["count"], is_master=False, timeout=TIMEOUT)
         report("started")
         _join(store, place["rank"], place["count"], place["gpus"])
         work(messages.get, *args)
