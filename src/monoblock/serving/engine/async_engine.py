@@ -131,7 +131,8 @@ class AsyncEngine:
                 sink=lambda delta: self._outbox.append((generation, delta)),
             )
         except Exception as error:
-            self._outbox.append((generation, error))
+            failure = self.core.runner.failure
+            self._outbox.append((generation, error if failure is None else EngineClosed(str(failure))))
             return
         generation.request = request
         self._active[request] = generation
