@@ -49,7 +49,8 @@ def test_requests_have_the_tokens_of_one_process(
         last = core.model.pipeline_stage.end
         own = {int(n.removeprefix(f"{path}.").split(".")[0]) for n in held if n.startswith(f"{path}.")}
         assert own == set(range(last)) and last < layers
-        assert not [n for n in held if n.startswith(core.model.module_path("final_norm"))]
+        norm = core.model.module_paths.get("final_norm")  # not in all families
+        assert norm is None or not [n for n in held if n.startswith(norm)]
     finally:
         core.close()
 

@@ -14,7 +14,6 @@ from monoblock.cli.options import DownloadOptions, FrameworkModelOptions
 # Options of `generate` by the names of `SamplingParams`.
 NAMES = {
     "max_new_tokens": "max_tokens",
-    "stop_strings": "stop",
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
@@ -58,19 +57,27 @@ class PipelineEngine:
     def complete(self, prompt: str, options: dict[str, Any], write: Callable[[str], None]) -> Reply:
         """Continue a text; `write` receives it as it is generated. Ctrl-C stops generation."""
         ids: list[int] = self.engine.tokenizer(prompt)["input_ids"]
-        reply = Reply(prompt_tokens=len(ids))
+        options = dict(options)
+        stops: list[str] = options.pop("stop_strings", [])
+        reply, stopped = Reply(prompt_tokens=len(ids)), False
 
         def sink(delta: Any) -> None:
+            nonlocal stopped
             reply.last = time.perf_counter()
             reply.first = reply.first or reply.last
             reply.tokens += len(delta.tokens)
+            before = len(prompt) + len(reply.text)
             reply.text += delta.text
             write(delta.text)
+            # As in `generate`, a stop string may begin in the prompt, and the token that completes it is shown whole.
+            text = prompt + reply.text
+            stopped = stopped or any(text.find(s, max(0, before - len(s) + 1)) >= 0 for s in stops)
 
         request = self.engine.add(ids, self._params(len(ids), options), sink=sink)
         try:
-            while self.engine.step():
+            while not stopped and self.engine.step():
                 pass
+            self.engine.cancel(request)  # without effect at its end
         except KeyboardInterrupt:
             reply.interrupted = True
         if request.error is not None:
@@ -92,4 +99,4 @@ class PipelineEngine:
             values["temperature"] = 0.0
         elif "top_k" not in values:
             values["top_k"] = 50  # the default of `generate`
-        return SamplingParams(**values, include_stop_str_in_output=True)  # as `generate`
+        return SamplingParams(**values)
