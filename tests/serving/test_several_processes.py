@@ -66,7 +66,7 @@ def test_layers_and_parameters_of_stages() -> None:
     with pytest.raises(ValueError, match="pipeline_parallel=4: the model has 3 layers"):
         check_stages(spec, 4, "pipeline_parallel")
     chunks: Any = list("abcdefg")
-    assert ["".join(group) for group in divided(chunks, 3)] == ["abc", "def", "g"]
+    assert [list(group) for group in divided(chunks, 3)] == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
     assert len(divided(chunks[:1], 3)) == 1
 
 
@@ -114,7 +114,7 @@ def test_requests_of_a_runner_that_fails_end_at_once() -> None:
 
 
 def test_what_is_refused() -> None:
-    for options, words in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"tensor_parallel_size": 0}, "tensor_parallel_size=0: expected a number of processes"),
         (
             {"tensor_parallel_size": 2, "enable_prefix_caching": True},
@@ -128,7 +128,8 @@ def test_what_is_refused() -> None:
             {"tensor_parallel_size": 2, "device": "cuda:1"},
             "device cuda:1: tensor_parallel takes auto, cpu or",
         ),
-    ):
+    )
+    for options, words in cases:
         with pytest.raises(ValueError, match=words):
             LLM(**options)
     with pytest.raises(ValueError, match="tensor_parallel_size needs a folder or a name"):
@@ -143,6 +144,7 @@ def test_a_model_in_two_processes() -> None:
     options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "cache_memory": "64MB"}
     alone = [one.outputs[0].text for one in LLM(**options).generate(prompts, params)]
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        llm = LLM(**options, **{name: 2})
+        more: dict[str, Any] = {name: 2}
+        llm = LLM(**options, **more)
         assert [one.outputs[0].text for one in llm.generate(prompts, params)] == alone
         llm._engine.close()
