@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -64,7 +65,7 @@ def test_the_server_can_end_its_requests_before_it_is_killed() -> None:
 
 
 def test_manifests_refer_to_each_other() -> None:
-    assert MANIFESTS.keys() == {"Deployment", "Service", "HorizontalPodAutoscaler", "RayJob"}
+    assert MANIFESTS.keys() == {"Deployment", "Service", "HorizontalPodAutoscaler", "RayService", "RayJob"}
     deployment, scaler = MANIFESTS["Deployment"], MANIFESTS["HorizontalPodAutoscaler"]["spec"]
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert labels == deployment["spec"]["selector"]["matchLabels"] == MANIFESTS["Service"]["spec"]["selector"]
@@ -76,11 +77,51 @@ def test_manifests_refer_to_each_other() -> None:
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         check = server[probe].get("httpGet") or server[probe]["tcpSocket"]
         assert check["port"] in ports and check.get("path", "/health") == "/health"
-    cluster = MANIFESTS["RayJob"]["spec"]["rayClusterSpec"]
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    clusters = [
+        MANIFESTS["RayJob"]["spec"]["rayClusterSpec"],
+        MANIFESTS["RayService"]["spec"]["rayClusterConfig"],
+    ]
+    groups = [group for c in clusters for group in (c["headGroupSpec"], *c["workerGroupSpecs"])]
     for spec in [pod("Deployment"), *(group["template"]["spec"] for group in groups)]:
         volumes = {volume["name"] for volume in spec["volumes"]}
         assert {m["name"] for c in spec["containers"] for m in c["volumeMounts"]} == volumes
+
+
+def build_app_arguments() -> dict[str, str]:
+    """The fields of `ServeArguments` with their types, read from the source, since Ray may not be installed."""
+    source = ROOT / "src" / "monoblock" / "cluster" / "serve.py"
+    [found] = [
+        node
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == "ServeArguments"
+    ]
+    fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
+    return {ast.unparse(field.target): ast.unparse(field.annotation) for field in fields}
+
+
+def test_the_service_on_ray() -> None:
+    spec = MANIFESTS["RayService"]["spec"]
+    serve = yaml.safe_load(spec["serveConfigV2"])
+    [app] = serve["applications"]
+    module, _, name = app["import_path"].partition(":")
+    source = (ROOT / "src" / Path(*module.split("."))).with_suffix(".py").read_text(encoding="utf-8")
+    assert f"def {name}(" in source
+    known = build_app_arguments()
+    for argument, value in app["args"].items():
+        kinds = known[argument].split(" | ")
+        assert type(value).__name__ in kinds or (isinstance(value, int) and "float" in kinds)
+    # The head has no CPUs for replicas, each worker has those of one, and there are enough workers.
+    cluster = spec["rayClusterConfig"]
+    [group] = cluster["workerGroupSpecs"]
+    [worker] = group["template"]["spec"]["containers"]
+    assert (
+        cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0" and cluster["enableInTreeAutoscaling"]
+    )
+    assert int(worker["resources"]["limits"]["cpu"]) == app["args"]["threads"]
+    assert group["minReplicas"] == app["args"]["replicas"]
+    assert group["maxReplicas"] == app["args"]["max_replicas"]
+    [head] = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {port["containerPort"] for port in head["ports"]} == {serve["http_options"]["port"]}
 
 
 def test_versions_and_extras_are_the_project_s() -> None:
@@ -88,6 +129,7 @@ def test_versions_and_extras_are_the_project_s() -> None:
     [named] = re.findall(r"\.whl\)\[([\w,]+)\]", DOCKERFILE)
     assert set(named.split(",")) <= extras.keys()
     version = MANIFESTS["RayJob"]["spec"]["rayClusterSpec"]["rayVersion"]
+    assert MANIFESTS["RayService"]["spec"]["rayClusterConfig"]["rayVersion"] == version
     assert Requirement(extras["ray"][0]).specifier.contains(version)
     assert f"\nray=={version}\n" in (ROOT / "constraints.txt").read_text()
 

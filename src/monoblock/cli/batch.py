@@ -16,6 +16,7 @@ from monoblock.cli.batch_models import BatchModelOptions
 from monoblock.cli.options import DownloadOptions
 from monoblock.cli.progress import progress
 from monoblock.cli.ray_options import RayCommand, RayOptions
+from monoblock.cli.shards import ProcessOptions
 
 if TYPE_CHECKING:
     from monoblock.serving.batch import Answering, BatchCounts
@@ -45,6 +46,7 @@ def batch(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Answer the requests again whose results are errors.")
     ] = False,
+    processes: ProcessOptions,
     actors: RayOptions,
     hub: DownloadOptions,
 ) -> None:
@@ -57,6 +59,7 @@ def batch(
     if restart and retry_failed:
         raise typer.BadParameter("give --restart or --retry-failed, not both")
     actors.check(models.device)
+    processes.refuse(ray=actors.ray, adapter=models.adapter)
     if not source.is_file():
         raise typer.BadParameter(f"{source} is not a file", param_hint="IN.jsonl")
     if output.resolve() == source.resolve():
@@ -70,21 +73,27 @@ def batch(
 
     need_pytorch("monoblock batch")
     found = batch_models.entries(models, hub)
+    processes.check(found, hub)
     options = batch_models.decisive(found, models, hub)
     with BatchResults.opened(output, restart=restart, retry=retry_failed) as results:
-        counts = _run(source, results, options, _answering(found, models, hub, options, actors))
+        counts = _run(source, results, options, _answering(found, models, hub, options, actors, processes))
     if counts.failed:
         console.note(f"{counts.failed:,} of {counts.total:,} requests failed: their results have the error")
     console.rows(str(output), [("requests", f"{counts.total:,}"), ("failed", f"{counts.failed:,}")])
 
 
 def _answering(
-    found: list[ModelEntry], models: BatchModelOptions, hub: DownloadOptions, options: str, actors: RayOptions
+    found: list[ModelEntry],
+    models: BatchModelOptions,
+    hub: DownloadOptions,
+    options: str,
+    actors: RayOptions,
+    processes: ProcessOptions,
 ) -> Callable[[], AbstractAsyncContextManager[Answering]]:
     """What loads the models and answers requests: this process, or actors of Ray."""
     from monoblock.serving.batch import answers
 
-    settings = batch_models.settings(models, hub)
+    settings = batch_models.settings(models, hub, processes)
 
     def here() -> AbstractAsyncContextManager[Answering]:
         console.note("loading ...")

@@ -13,6 +13,7 @@ from monoblock.cli.options import DownloadOptions, Dtype, Quantize, Speculation,
 from monoblock.texts import read_text
 
 if TYPE_CHECKING:
+    from monoblock.cli.shards import ProcessOptions
     from monoblock.serving.server.registry import ModelEntry
     from monoblock.serving.server.settings import ServerSettings
 
@@ -78,8 +79,10 @@ def entries(models: BatchModelOptions, hub: DownloadOptions) -> list[ModelEntry]
     return entries_of(sources, models.name or [], models.adapter or [], hub.kwargs())
 
 
-def settings(models: BatchModelOptions, hub: DownloadOptions) -> ServerSettings:
-    """The settings of a server without other clients."""
+def settings(
+    models: BatchModelOptions, hub: DownloadOptions, processes: ProcessOptions | None = None
+) -> ServerSettings:
+    """The settings of a server without other clients. `processes`: of the model that generates text."""
     from monoblock.serving.engine.options import EngineOptions
     from monoblock.serving.server.settings import Limits, ServerSettings
 
@@ -101,6 +104,8 @@ def settings(models: BatchModelOptions, hub: DownloadOptions) -> ServerSettings:
             "device": models.device,
             "quantize": None if models.quantize is None else models.quantize.value,
         },
+        tensor_parallel=1 if processes is None else processes.tensor_parallel,
+        pipeline_parallel=1 if processes is None else processes.pipeline_parallel,
         hub=hub.kwargs(),
     )
 

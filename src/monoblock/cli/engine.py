@@ -212,7 +212,6 @@ def load(
     if pytorch:
         device = None if sharded else device_map(source.device)
         if sharded:
-            _join(source.device)
             options["tp_plan"] = "auto"
         model = auto.from_pretrained(path, **options, **({"device_map": device} if device else {}))
         model.eval()
@@ -222,24 +221,6 @@ def load(
         device = None if source.device == "auto" else source.device
         model = framework.adapter.load(auto, path, device, config=config, **options)
     return ChatEngine(model, tokenizer, name, processor_of(model, path, where), pytorch=pytorch)
-
-
-def on_gpus(device: str, count: int) -> bool:
-    """Whether that many processes run on GPUs: on one each."""
-    import torch
-
-    return device != "cpu" and torch.cuda.device_count() >= count
-
-
-def _join(device: str) -> None:
-    """Join the processes that the environment describes."""
-    import torch
-
-    if on_gpus(device, int(os.environ["LOCAL_WORLD_SIZE"])):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl")
-    else:
-        torch.distributed.init_process_group("gloo")
 
 
 def need_pytorch(what: str) -> None:

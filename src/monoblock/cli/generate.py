@@ -19,6 +19,7 @@ from monoblock.cli.options import (
     Speculation,
     SpeculationOption,
 )
+from monoblock.cli.shards import ProcessOptions
 from monoblock.texts import read_text
 
 app = sub_app()
@@ -45,12 +46,7 @@ def generate(
     echo: Annotated[
         bool | None, typer.Option("--echo/--no-echo", help="Print the prompt first; default: at a terminal.")
     ] = None,
-    tensor_parallel: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Shard the model over this many processes of this machine, on GPUs or CPUs (PyTorch)."
-        ),
-    ] = 1,
+    processes: ProcessOptions,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No counts and speeds on stderr.")] = False,
 ) -> None:
     """Continue a text with a model; without --model, with the embedded demo, a tiny model for Python code.
@@ -62,25 +58,26 @@ def generate(
     text = read_prompt(prompt, file)
     options = sampling.kwargs()
     if speculation is not Speculation.OFF:
-        if tensor_parallel > 1:
+        if processes.option is not None:
             raise typer.BadParameter(
-                "the processes would draft different numbers of tokens: drop it or --tensor-parallel",
+                f"the processes would draft different numbers of tokens: drop it or {processes.option}",
                 param_hint="--speculation",
             )
         options["speculation"] = speculation.value
-    from monoblock.cli import engine
+    from monoblock.cli import engine, shards, stages
 
+    processes.refuse()
+    if processes.option is not None:
+        if source.framework not in (None, FrameworkName.PYTORCH):
+            raise typer.BadParameter(f"{processes.option} needs PyTorch; drop --framework {source.framework}")
+        engine.need_pytorch(f"monoblock generate {processes.option}")
     with contextlib.ExitStack() as stack:
-        if tensor_parallel > 1:
-            from monoblock.cli import shards
-
-            if source.framework not in (None, FrameworkName.PYTORCH):
-                raise typer.BadParameter(
-                    f"--tensor-parallel needs PyTorch; drop --framework {source.framework}"
-                )
-            engine.need_pytorch("monoblock generate --tensor-parallel")
-            stack.enter_context(shards.processes(tensor_parallel, source, hub, text, MAX_NEW_TOKENS, options))
+        if processes.tensor_parallel > 1:
+            count = processes.tensor_parallel
+            stack.enter_context(shards.processes(count, source, hub, text, MAX_NEW_TOKENS, options))
             loaded = engine.load(source, hub, sharded=True)
+        elif processes.pipeline_parallel > 1:
+            loaded = stack.enter_context(stages.loaded(processes.pipeline_parallel, source, hub))
         else:
             loaded = engine.load(source, hub)
         interrupted = _complete(loaded, text, options, stream, echo, quiet)

@@ -11,6 +11,8 @@ import typer
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import DownloadOptions, Dtype, Quantize, Speculation, SpeculationOption
+from monoblock.cli.ray_options import RayCommand, RayOptions
+from monoblock.cli.shards import ProcessOptions
 from monoblock.texts import read_text
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ KEY = "MONOBLOCK_API_KEY"
 MEGABYTE = 10**6
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=RayCommand, epilog=EXIT_CODES)
 @console.command
 def serve(
     *,
@@ -98,8 +100,9 @@ def serve(
         int | None, typer.Option(min=1, help="New tokens of a request at most.")
     ] = None,
     prefix_cache: Annotated[
-        bool, typer.Option(help="Keep the cache of earlier prompts for later ones.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Keep the cache of earlier prompts for later ones; default: where it is possible."),
+    ] = None,
     speculation: SpeculationOption = Speculation.OFF,
     speculation_cache: Annotated[
         int | None,
@@ -107,6 +110,14 @@ def serve(
             min=0,
             metavar="TOKENS",
             help="Tokens of finished requests that suffix searches; 0: none of them; default: 200000.",
+        ),
+    ] = None,
+    processes: ProcessOptions,
+    actors: RayOptions,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --ray: replicas under load at most; --replicas is the least number then."
         ),
     ] = None,
     max_body: Annotated[int, typer.Option(min=1, metavar="MB", help="Size of a request.")] = 16,
@@ -135,6 +146,10 @@ def serve(
         raise typer.BadParameter("an adapter is given as NAME=PATH", param_hint="--adapter")
     if allow_files is not None and not allow_files.is_dir():
         raise typer.BadParameter(f"{allow_files} is not a folder", param_hint="--allow-files")
+    actors.check(device)
+    if max_replicas is not None and (actors.ray is None or max_replicas < (actors.replicas or 1)):
+        raise typer.BadParameter("--max-replicas needs --ray, and is at least --replicas")
+    processes.refuse(adapter=adapter, prefix_cache=prefix_cache, ray=actors.ray)
     from monoblock.serving.engine.options import EngineOptions
     from monoblock.serving.server.settings import Limits, ServerSettings
 
@@ -163,7 +178,7 @@ def serve(
             max_model_len=max_model_len,
             max_sequences=max_sequences,
             max_waiting=max_waiting,
-            prefix_cache=prefix_cache,
+            prefix_cache=prefix_cache is not False,
             speculation=speculation.value,
             **({} if speculation_cache is None else {"speculation_cache": speculation_cache}),
         ),
@@ -172,13 +187,24 @@ def serve(
             "device": device,
             "quantize": None if quantize is None else quantize.value,
         },
+        tensor_parallel=processes.tensor_parallel,
+        pipeline_parallel=processes.pipeline_parallel,
         hub=hub.kwargs(),
     )
     sources: list[str | None] = [*models] if models else [None]
-    _run(sources, name or [], adapter or [], settings)
+    _run(sources, name or [], adapter or [], settings, hub, processes, actors, max_replicas)
 
 
-def _run(sources: list[str | None], names: list[str], adapters: list[str], settings: ServerSettings) -> None:
+def _run(
+    sources: list[str | None],
+    names: list[str],
+    adapters: list[str],
+    settings: ServerSettings,
+    hub: DownloadOptions,
+    processes: ProcessOptions,
+    actors: RayOptions,
+    most: int | None,
+) -> None:
     """Serve until a signal. Exit code 130 after Ctrl-C. With the demo, the embedded search model is served too."""
     from monoblock import demo_embeddings
     from monoblock.serving.server.app import ServerApp
@@ -187,6 +213,7 @@ def _run(sources: list[str | None], names: list[str], adapters: list[str], setti
     from monoblock.serving.server.running import serve as run
 
     entries = entries_of(sources, names, adapters, settings.hub)
+    processes.check(entries, hub)
     if sources == [None] and all(entry.name != demo_embeddings.NAME for entry in entries):
         entries.append(ModelEntry(demo_embeddings.NAME, demo_embeddings.NAME, ModelKind.EMBED, extra=True))
     if not settings.loopback and settings.api_key is None:
@@ -196,5 +223,13 @@ def _run(sources: list[str | None], names: list[str], adapters: list[str], setti
     def listening(address: str) -> None:
         print(f"monoblock serves {named} on {address}", flush=True)
 
-    if run(ServerApp(entries, settings), listening):
+    if actors.ray is not None:
+        from monoblock.cli import ray_serve
+
+        found = ray_serve.run(
+            actors.ray, actors.replicas, most, (sources, names, adapters), settings, listening
+        )
+    else:
+        found = run(ServerApp(entries, settings), listening)
+    if found:
         raise typer.Exit(console.INTERRUPTED)

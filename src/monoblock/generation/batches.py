@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,14 +44,20 @@ class BatchRunner(Protocol):
     """A model and the KV caches of the sequences of an engine.
 
     `divides`: a sequence's scores have the same bits however it is divided into chunks, so that a prompt may be
-    computed in chunks, its blocks shared, and a sequence recomputed. `why`: why not, or None.
+    computed in chunks, its blocks shared, and a sequence recomputed. `why`: why not, or None. `drafts`: a chunk may
+    have tokens that the sequence does not get, after the next one. `failure`: the error after which no step can be
+    computed.
     """
 
     ops: ArrayOps
     vocab: int
     blocks: int
     divides: bool
+    drafts: bool
     why: str | None
+
+    @property
+    def failure(self) -> BaseException | None: ...
 
     def run(self, chunks: Sequence[SequenceChunk]) -> Array:
         """Compute these tokens: scores (sum of wanted, vocabulary), float32, in the order of the chunks."""
@@ -63,4 +69,12 @@ class BatchRunner(Protocol):
 
     def drop(self, key: int) -> None:
         """Forget a sequence."""
+        ...
+
+    def watch(self, told: Callable[[], None]) -> None:
+        """Call a function, from any thread, when `failure` is set."""
+        ...
+
+    def close(self) -> None:
+        """End what the runner has started."""
         ...

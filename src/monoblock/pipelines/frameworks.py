@@ -42,6 +42,16 @@ class Framework:
         return importlib.import_module(f"monoblock.backends.{self.backend}.engine_adapter")
 
     @property
+    def sharded_engine(self) -> Any:
+        """The backend's module that runs an engine's steps on a sharded model."""
+        return importlib.import_module(f"monoblock.backends.{self.backend}.parallel.engine")
+
+    @property
+    def processes(self) -> Any:
+        """The backend's module that starts the processes of a sharded model."""
+        return importlib.import_module(f"monoblock.backends.{self.backend}.parallel.processes")
+
+    @property
     def learners(self) -> Any:
         """The backend's classes that train and evaluate models, by the form of their loss."""
         return importlib.import_module(f"monoblock.backends.{self.backend}.{self.learning}").LEARNERS

@@ -74,6 +74,13 @@ async def attention(request: Request) -> Response:
 
 
 async def _answer(body: Any, model: TextModel, state: ServerState) -> dict[str, Any]:
+    whole = model.engine.core.model
+    if whole.tensor_group is not None or whole.pipeline_stage is not None:
+        raise ApiError(
+            "attention weights are not shown for a model in several processes: serve it by one",
+            param="model",
+            code="model_not_supported",
+        )
     spec = model.engine.core.model.spec
     for name, count in (("layer", spec.layers), ("head", spec.attention.heads)):
         value = getattr(body, name)

@@ -153,6 +153,8 @@ async def _result(app: ServerApp, line: BatchLine) -> dict[str, Any]:
         )
         return record(line, refused.status, _request_id(), refused.content())
     status, body = await post(app, line.url, line.body)
+    if app.failed is not None:  # not an error of the request: it is answered by the next run
+        raise app.failed
     return record(line, status, _request_id(), body)
 
 

@@ -77,8 +77,10 @@ class LLM:
         cache_memory: int | str | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 256,
-        enable_prefix_caching: bool = True,
+        enable_prefix_caching: bool | None = None,
         speculative_config: Mapping[str, Any] | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         **hub: Any,
     ) -> None:
         """
@@ -94,9 +96,13 @@ class LLM:
             cache_memory: memory of the KV cache, in bytes or as "4GB"; by default a quarter of what is free.
             max_num_seqs: sequences that are computed at once.
             max_num_batched_tokens: tokens of one step; a longer prompt is computed in chunks.
-            enable_prefix_caching: prompts that begin with the same tokens share their cache.
+            enable_prefix_caching: prompts that begin with the same tokens share their cache; by default where it is
+                possible.
             speculative_config: drafts without a model, such as `{"method": "suffix", "num_speculative_tokens": 24}`;
                 the methods are "suffix" and "ngram" (prompt lookup).
+            tensor_parallel_size: processes of this machine over which a model that generates text is sharded, this one
+                and others that are started; on GPUs, one each, or CPUs.
+            pipeline_parallel_size: processes among which its layers are divided instead.
             hub: the download options `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
                 `subfolder`.
         """
@@ -116,9 +122,14 @@ class LLM:
             max_sequences=max_num_seqs,
             max_step_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
-            prefix_cache=enable_prefix_caching,
+            prefix_cache=enable_prefix_caching is not False,
             **_speculation(speculative_config),
         )
+        sizes = {"tensor_parallel": tensor_parallel_size, "pipeline_parallel": pipeline_parallel_size}
+        self._processes = {
+            name: self._checked_size(f"{name}_size", size, enable_prefix_caching)
+            for name, size in sizes.items()
+        }
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         if self.task == "generate":
@@ -127,6 +138,20 @@ class LLM:
             raise ValueError(
                 f"adapter is for models that generate text; this one is for the task {self.task!r}"
             )
+
+    def _checked_size(self, option: str, count: Any, prefix_caching: bool | None) -> int:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{option}={count!r}: expected a number of processes from 1")
+        if count == 1:
+            return count
+        if self.task != "generate":
+            raise ValueError(f"{option} is for models that generate text; this one is for {self.task!r}")
+        if self.model is not None and not isinstance(self.model, str | Path):
+            raise ValueError(f"{option} needs a folder or a name, not a loaded model")
+        for name, given in (("adapter", self._adapter), ("enable_prefix_caching=True", prefix_caching)):
+            if given:
+                raise ValueError(f"{name} is not supported with {option}={count}")
+        return count
 
     def _detected(self) -> str:
         if self.model is None or not isinstance(self.model, str | Path):
@@ -158,6 +183,8 @@ class LLM:
             device=self._loading["device"] or "auto",
             adapter=self._adapter,
             hub=self._hub or None,
+            tensor_parallel=self._processes["tensor_parallel"],
+            pipeline_parallel=self._processes["pipeline_parallel"],
         )
         if tokenizer is not None:
             engine.tokenizer = tokenizer

@@ -22,6 +22,7 @@ from monoblock.spec import ArchSpec
 
 if TYPE_CHECKING:
     from monoblock.backends.pytorch.parallel.groups import TensorGroup
+    from monoblock.backends.pytorch.parallel.stages import Stage
 
 
 class ModelBase(Part):
@@ -37,6 +38,7 @@ class ModelBase(Part):
     quantization_config: QuantizationConfig | None = None
     module_paths: dict[str, str]
     tensor_group: TensorGroup | None = None
+    pipeline_stage: Stage | None = None  # the part of the layers that this process holds
 
     @property
     def arguments(self) -> frozenset[str]:

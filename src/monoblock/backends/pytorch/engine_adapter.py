@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from monoblock import native
+from monoblock.backends.pytorch import batched_step
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.cache import DynamicCache
 from monoblock.backends.pytorch.kernels import dispatch
@@ -57,7 +58,12 @@ def runner(model: Any, cache_memory: int | None, max_length: int | None = None) 
     model.eval()
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} does not generate text")
-    blocks = _blocks(model, cache_memory)
+    if model.tensor_group is not None:
+        raise ValueError(
+            "a model with tp_plan has an engine only by `monoblock serve --tensor-parallel` or "
+            "LLM(tensor_parallel_size=), which start its processes"
+        )
+    blocks = cache_blocks(model, cache_memory)
     why = obstacle(model, max_length)
     return ModuleRunner(model, blocks, why) if why is not None else NativeRunner(model, blocks)
 
@@ -92,10 +98,12 @@ def block_bytes(spec: ArchSpec, itemsize: int) -> int:
     return spec.layers * att.kv_heads * (att.head_dim + padded) * BLOCK * itemsize
 
 
-def _blocks(model: Any, memory: int | None) -> int:
+def cache_blocks(model: Any, memory: int | None, share: int = FREE_SHARE) -> int:
+    """The number of blocks of the cache in so many bytes; None: in 1 / `share` of the memory that is available.
+    ValueError if not even one fits."""
     size = block_bytes(model.spec, model.dtype.itemsize)
     if memory is None:
-        memory = _available(model.device) // FREE_SHARE
+        memory = _available(model.device) // share
     if memory < size:
         raise ValueError(
             f"cache_memory={memory} bytes: a block of {BLOCK} tokens takes {size} bytes; give more memory"
@@ -114,33 +122,45 @@ def _available(device: torch.device) -> int:
     return (host_memory() or 8 << 30) // 2
 
 
-class _Images:
-    """The embedding of images, shared by the runners."""
+class _Runner:
+    """What the runners of one process share."""
 
     model: Any
+    failure: BaseException | None = None
+
+    def watch(self, told: Callable[[], None]) -> None:
+        """Nothing: a step may fail, but not the runner."""
+
+    def close(self) -> None:
+        """Nothing: the memory is freed with the runner."""
 
     def embed_images(self, inputs: dict[str, Any]) -> EmbeddedImages:
         """The embeddings of the images of a processor's output for one text; see `BatchRunner`."""
-        ids = torch.as_tensor(inputs["input_ids"])
-        given = {name: value for name, value in inputs.items() if "image" in name or "pixel" in name}
-        with torch.inference_mode():
-            plain = self.model.get_input_embeddings()(ids.to(self.model.device))
-            embeds = self.model.embed(ids.to(self.model.device), given)
-        changed = (embeds != plain).any(-1)[0]
-        rows = torch.where(changed, changed.cumsum(0) - 1, -1)
-        kept = embeds[0][changed].float().cpu().contiguous()
-        return EmbeddedImages(
-            tokens=ids[0].tolist(),
-            embeds=kept,
-            rows=rows.tolist(),
-            digest=hashlib.sha256(kept.numpy().tobytes()).digest(),
-        )
+        return embed_images(self.model, inputs)
 
 
-class NativeRunner(_Images):
+def embed_images(model: Any, inputs: dict[str, Any]) -> EmbeddedImages:
+    """The embeddings of the images of a processor's output for one text."""
+    ids = torch.as_tensor(inputs["input_ids"])
+    given = {name: value for name, value in inputs.items() if "image" in name or "pixel" in name}
+    with torch.inference_mode():
+        plain = model.get_input_embeddings()(ids.to(model.device))
+        embeds = model.embed(ids.to(model.device), given)
+    changed = (embeds != plain).any(-1)[0]
+    rows = torch.where(changed, changed.cumsum(0) - 1, -1)
+    kept = embeds[0][changed].float().cpu().contiguous()
+    return EmbeddedImages(
+        tokens=ids[0].tolist(),
+        embeds=kept,
+        rows=rows.tolist(),
+        digest=hashlib.sha256(kept.numpy().tobytes()).digest(),
+    )
+
+
+class NativeRunner(_Runner):
     """All sequences of a step in one call of the native library."""
 
-    divides = True
+    divides = drafts = True
     why: str | None = None
 
     def __init__(self, model: Any, blocks: int) -> None:
@@ -217,14 +237,16 @@ class NativeRunner(_Images):
         """Nothing: the engine frees the blocks."""
 
 
-class ModuleRunner(_Images):
-    """The model's modules, one sequence at a time, each with a cache of its own."""
+class ModuleRunner(_Runner):
+    """The model's modules, one sequence at a time, each with a cache of its own; or (`batched`) all sequences in one
+    pass, if the model can, so that a sequence's scores may depend on the others by rounding."""
 
-    divides = False
+    divides = drafts = False
 
-    def __init__(self, model: Any, blocks: int, why: str) -> None:
+    def __init__(self, model: Any, blocks: int, why: str, *, batched: bool = False) -> None:
         self.model, self.blocks = model, blocks
         self.why: str | None = why
+        self._batched = batched and batched_step.obstacle(model) is None
         self.ops: ArrayOps = TorchOps(model.device)
         self.vocab: int = model.spec.vocab
         self._caches: dict[int, DynamicCache] = {}
@@ -232,13 +254,20 @@ class ModuleRunner(_Images):
     def run(self, chunks: Sequence[SequenceChunk]) -> Tensor:
         """Compute these tokens; see `BatchRunner`."""
         with torch.inference_mode():
+            if self._batched:
+                return batched_step.scores(self.model, chunks, [self._cache(chunk) for chunk in chunks])
             return torch.cat([scores for chunk in chunks for scores in self._scores(chunk)])
 
-    def _scores(self, chunk: SequenceChunk) -> list[Tensor]:
+    def _cache(self, chunk: SequenceChunk) -> DynamicCache:
+        """The sequence's cache, with the tokens before the chunk."""
         cache = self._caches.get(chunk.key)
         if cache is None or not chunk.past:
             cache = self._caches[chunk.key] = DynamicCache(config=self.model.spec)
         cache.crop(chunk.past)
+        return cache
+
+    def _scores(self, chunk: SequenceChunk) -> list[Tensor]:
+        cache = self._cache(chunk)
         ids = torch.tensor([list(chunk.tokens)], device=self.model.device)
         tokens: dict[str, Tensor] = {"input_ids": ids}
         if chunk.images is not None and chunk.past < len(chunk.images.tokens):

@@ -89,11 +89,12 @@ def load(
     ignored: Callable[[str], bool] | None = None,
     strict: bool = True,
     read_shard: Callable[[str, TensorSource, torch.dtype, torch.device], Tensor] | None = None,
+    wanted: Callable[[str], bool] | None = None,
 ) -> LoadReport:
     """Fill the model. `own`: canonical name -> the parameters of the model that hold it; `shapes` are the
     canonical ones; `device` maps a parameter to its device. `put` (path, tensor) replaces the assignment to the
     parameter. `read_shard` (canonical name, source, dtype, device) reads a shard of a canonical tensor; `shapes` are
-    then those of the whole model.
+    then those of the whole model. `wanted` (canonical name): whether a tensor is read; all by default.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first such tensor and the nearest known name.
     A head that is missing in the files is reported, for the caller to initialise.
@@ -107,6 +108,8 @@ def load(
         ignored=ignored,
         strict=strict,
     )
+    if wanted is not None:
+        sources = {name: source for name, source in sources.items() if wanted(name)}
     for canonical, source in _with_progress(sources, shapes) if put else sources.items():
         here = own[canonical]
         if read_shard is not None:

@@ -49,6 +49,7 @@ from monoblock.backends.pytorch.packed_forward import unpadded_states
 from monoblock.backends.pytorch.parallel import files as shards
 from monoblock.backends.pytorch.parallel import gradients, groups
 from monoblock.backends.pytorch.parallel.modules import connect, shrink_tables
+from monoblock.backends.pytorch.parallel.stages import current_stage, remove_others
 from monoblock.backends.pytorch.parameters import Parameters
 from monoblock.backends.pytorch.parts import Part
 from monoblock.backends.pytorch.quantization import checkpoint
@@ -104,6 +105,9 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
             self._build()
             if self.tensor_group is not None:
                 shrink_tables(self, self.tensor_group)
+            if (stage := current_stage(self.spec)) is not None:
+                self.pipeline_stage = stage
+                remove_others(self.get_submodule(self.module_path("layers")), stage)
         if getattr(config, "gradient_checkpointing", False):
             self.gradient_checkpointing_enable()
         self.set_attn_implementation(config._attn_implementation)
@@ -414,6 +418,7 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
             ignored=self._ignored,
             strict=options.strict,
             read_shard=read_shard,
+            wanted=None if (stage := self.pipeline_stage) is None else lambda name: stage.holds(name, spec),
         )
         report.unused += kept.unused
         report.extra += kept.extra

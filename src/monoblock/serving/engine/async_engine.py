@@ -18,7 +18,7 @@ log = logging.getLogger("monoblock")
 
 
 class EngineClosed(RuntimeError):
-    """The engine takes no more requests."""
+    """The engine takes no more requests, or can compute no more."""
 
 
 class Generation:
@@ -85,10 +85,15 @@ class AsyncEngine:
         self._active: dict[EngineRequest, Generation] = {}
         self._outbox: list[tuple[Generation, Delta | BaseException]] = []
         self._pending = 0  # sequences that were submitted and not yet taken by the thread
+        self._told = False
+        self.on_failure: Callable[[BaseException], None] | None = None
 
-    def start(self) -> None:
-        """Start the thread; called in a coroutine."""
+    def start(self, on_failure: Callable[[BaseException], None] | None = None) -> None:
+        """Start the thread; called in a coroutine. `on_failure` is called in the event loop when the engine can compute
+        no more (`BatchRunner.failure`); all requests end with that error."""
         self._loop = asyncio.get_running_loop()
+        self.on_failure = on_failure
+        self.core.runner.watch(lambda: self.call(_nothing))
         self._thread = threading.Thread(target=self._run, name=f"engine {self.name}", daemon=True)
         self._thread.start()
 
@@ -98,7 +103,7 @@ class AsyncEngine:
         ValueError: see `Engine.add`; QueueFull: too many wait. Errors that show only in the computing thread, as of an
         image, are raised by the iterator.
         """
-        if self._closing:
+        if self._closing or self.core.runner.failure is not None:
             raise EngineClosed("the engine is closing")
         waiting = len(self.core.scheduler.waiting) + self._pending
         if waiting + params.sequences > self.core.options.max_waiting:
@@ -126,7 +131,8 @@ class AsyncEngine:
                 sink=lambda delta: self._outbox.append((generation, delta)),
             )
         except Exception as error:
-            self._outbox.append((generation, error))
+            failure = self.core.runner.failure
+            self._outbox.append((generation, error if failure is None else EngineClosed(str(failure))))
             return
         generation.request = request
         self._active[request] = generation
@@ -174,6 +180,7 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.core.close)
 
     # ------------------------------------------------------------------ the computing thread
 
@@ -188,12 +195,27 @@ class AsyncEngine:
             for function in work:
                 function()
             try:
-                self.core.step()
+                if self.core.runner.failure is None:
+                    self.core.step()
             except Exception as error:  # of the whole step: all requests end
-                log.exception("a step of the engine failed")
-                for request in list(self._active):
-                    self.core.fail(request, error)
+                if self.core.runner.failure is None:
+                    log.exception("a step of the engine failed")
+                    self._fail_all(error)
+            if (failure := self.core.runner.failure) is not None:
+                self._tell(failure)
+                self._fail_all(EngineClosed(str(failure)))
             self._send()
+
+    def _fail_all(self, error: BaseException) -> None:
+        for request in list(self._active):
+            self.core.fail(request, error)
+
+    def _tell(self, failure: BaseException) -> None:
+        """Call `on_failure`, once, before the requests end."""
+        if self._told or self.on_failure is None or self._loop is None or self._loop.is_closed():
+            return
+        self._told = True
+        self._loop.call_soon_threadsafe(self.on_failure, failure)
 
     def _send(self) -> None:
         """Hand the results of a step to the event loop."""
@@ -210,3 +232,7 @@ class AsyncEngine:
 def _deliver(items: list[tuple[Generation, Delta | BaseException]]) -> None:
     for generation, item in items:
         generation.put(item)
+
+
+def _nothing() -> None:
+    """Wakes the computing thread."""

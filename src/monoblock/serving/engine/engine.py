@@ -62,7 +62,7 @@ class Engine:
         self.vocab = runner.vocab
         self.pool = BlockPool(runner.blocks)
         self.drafting = Drafting(self.options)
-        self.scheduler = Scheduler(self.options, self.pool, runner.divides, self.drafting)
+        self.scheduler = Scheduler(self.options, self.pool, runner.divides, self.drafting, runner.drafts)
         self.max_model_len = min(model_length(model, self.options.max_model_len), runner.blocks * BLOCK)
         self.generation_config: GenerationConfig = model.generation_config or GenerationConfig()
         self._keys = itertools.count()
@@ -172,6 +172,10 @@ class Engine:
         self.runner.drop(sequence.key)
 
     # ------------------------------------------------------------------ steps
+
+    def close(self) -> None:
+        """End what the runner has started; no step can follow."""
+        self.runner.close()
 
     @property
     def busy(self) -> bool:

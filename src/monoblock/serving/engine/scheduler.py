@@ -33,10 +33,19 @@ class Scheduler:
     computed again later; its tokens stay the same.
     """
 
-    def __init__(self, options: EngineOptions, pool: BlockPool, divides: bool, drafting: Drafting) -> None:
-        """`divides`: see `BatchRunner`. Without it prompts are not divided, blocks are not shared, and a sequence is
-        admitted when all its tokens have room, so that it is never computed again."""
+    def __init__(
+        self,
+        options: EngineOptions,
+        pool: BlockPool,
+        divides: bool,
+        drafting: Drafting,
+        drafts: bool | None = None,
+    ) -> None:
+        """`divides`, `drafts` (by default as the former): see `BatchRunner`. Without `divides` prompts are not divided,
+        blocks are not shared, and a sequence is admitted when all its tokens have room, so that it is never computed
+        again."""
         self.options, self.pool, self.divides, self.drafting = options, pool, divides, drafting
+        self.drafts = divides if drafts is None else drafts
         self.waiting: deque[EngineSequence] = deque()
         self.running: list[EngineSequence] = []
         self.stats = SchedulerStats()
@@ -62,7 +71,7 @@ class Scheduler:
             planned.append((sequence, self._chunk(sequence, count, ())))
             budget = max(0, budget - count)
         planned = [entry for entry in planned if entry[0] in self.running]
-        if self.divides:
+        if self.drafts:
             planned, budget = self._with_drafts(planned, budget)
         while budget > 0 and len(self.running) < self.options.max_sequences:
             sequence = next((waits for waits in self.waiting if not self._follows_a_prompt(waits)), None)

@@ -82,6 +82,15 @@ class ServerApp:
                 allow_headers=["Authorization", "Content-Type"],
             )
         self.failed: BaseException | None = None
+        self.on_failure: Callable[[], None] | None = None
+        registry.on_failure = self._fail
+
+    def _fail(self, error: BaseException) -> None:
+        """An engine can compute no more: new requests get 503, and the server ends."""
+        self.failed = error
+        self.state.draining = True
+        if self.on_failure is not None:
+            self.on_failure()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._entry(scope, receive, send)

@@ -74,6 +74,8 @@ class AnswerRun:
                     self.first = time.perf_counter()
                     self.metrics.first_token.labels(self.name).observe(self.first - self.started)
                 yield index, delta
+        except EngineClosed:
+            raise self._interruption() from None
         except ValueError as error:  # of a format that leaves no token, for example
             raise refused_value(error) from None
         finally:
@@ -83,12 +85,20 @@ class AnswerRun:
     def _interruption(self) -> ApiError:
         if self._expired:
             return timed_out(self.seconds)
-        return ApiError("the server is stopping", status=503, code="server_stopping")
+        return ApiError(
+            "the server is stopping: send the request again",
+            status=503,
+            code="server_stopping",
+            headers={"Retry-After": "5"},
+        )
 
     async def begin(self) -> None:
         """Wait for the first delta, so that an error of the prompt, as of an image, comes before the answer begins."""
         try:
             self._ahead = await anext(self.generations[0])
+        except EngineClosed:
+            self.close()
+            raise self._interruption() from None
         except ValueError as error:
             self.close()
             raise refused_value(error) from None
@@ -144,6 +154,8 @@ class AnswerRun:
     async def _best(self) -> list[list[Completion]]:
         try:
             found = [await generation.completions() for generation in self.generations]
+        except EngineClosed:
+            raise self._interruption() from None
         except ValueError as error:
             raise refused_value(error) from None
         finally:

@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,9 @@ class ModelRegistry:
         self._aliases = {
             e.source: e for e in reversed([*self.entries.values()]) if e.source and not e.adapter
         }
+        self.on_failure: Callable[[BaseException], None] | None = (
+            None  # of an engine that can compute no more
+        )
         self._loader = asyncio.Semaphore(1)  # models are read one after another
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -163,6 +166,8 @@ class ModelRegistry:
                 name=entry.name,
                 adapter=entry.adapter,
                 hub=hub or None,
+                tensor_parallel=self.settings.tensor_parallel,
+                pipeline_parallel=self.settings.pipeline_parallel,
                 **loading,
             )
         import monoblock
@@ -186,7 +191,7 @@ class ModelRegistry:
         from monoblock.serving.engine.async_engine import AsyncEngine
 
         engine = AsyncEngine(made)
-        engine.start()
+        engine.start(self.on_failure)
         return TextModel(engine, self.settings.chat_template, self.settings.use_generation_config)
 
     async def unload_idle(self) -> None:

@@ -45,6 +45,7 @@ class DrainingServer(uvicorn.Server):
             )
         )
         self.app, self.interrupted = app, False
+        app.on_failure = self._failed
         self._listening = listening
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -80,6 +81,10 @@ class DrainingServer(uvicorn.Server):
                 self.app.failed = error.__cause__ or error
                 self.should_exit = True
                 return
+
+    def _failed(self) -> None:
+        """The model can compute no more: its requests end with errors, then the server ends with one."""
+        self._start(self._drain())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         del frame
@@ -121,7 +126,8 @@ class DrainingServer(uvicorn.Server):
 def serve(app: ServerApp, listening: Callable[[str], None]) -> bool:
     """Run the server until a signal ends it; `listening` gets its URL. Returns whether Ctrl-C ended it.
 
-    OSError if the address cannot be used; the error of the only model if it cannot be loaded.
+    OSError if the address cannot be used; the error of the only model if it cannot be loaded; RuntimeError if a process
+    of a sharded model fails.
     """
     settings = app.state.settings
     # uvicorn would log the error of a port in use and exit.

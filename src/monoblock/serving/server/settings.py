@@ -41,7 +41,8 @@ class ServerSettings:
     `allow_files`: the folder from which `file:` URLs of images are read. `allow_fetch`: images are fetched over HTTP.
     `hosts`: names in addition to the loopback's that a browser may use for a server on a loopback address.
     `idle_timeout`: seconds without a request until a model is unloaded; None: never. `drain_timeout`: seconds that
-    running requests get after SIGTERM. `chat_template`: for generating models without one.
+    running requests get after SIGTERM. `chat_template`: for generating models without one. `tensor_parallel`,
+    `pipeline_parallel`: processes that hold shards or stages of the model that generates text.
     """
 
     host: str = "127.0.0.1"
@@ -59,6 +60,8 @@ class ServerSettings:
     limits: Limits = field(default_factory=Limits)
     engine: EngineOptions = field(default_factory=EngineOptions)
     loading: dict[str, Any] = field(default_factory=dict[str, Any])  # dtype, quantize, device
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     hub: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
