@@ -57,7 +57,7 @@ class Framework:
         return importlib.import_module(f"monoblock.backends.{self.backend}.{self.learning}").LEARNERS
 
     @property
-    def processes(self) -> Any:
+    def training_processes(self) -> Any:
         """PyTorch's module that joins the processes of a launcher."""
         return importlib.import_module(f"monoblock.backends.{self.backend}.training.processes")
 

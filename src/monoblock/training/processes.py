@@ -95,4 +95,4 @@ def processes(options: TrainingOptions) -> Processes:
             "merge needs whole weights, which parallel=fsdp divides: use parallel=ddp, or drop merge and merge the "
             "adapter afterwards in one process"
         )
-    return frameworks.chosen(options.framework, "fine-tuning").processes.join(options)
+    return frameworks.chosen(options.framework, "fine-tuning").training_processes.join(options)
