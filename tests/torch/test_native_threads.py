@@ -27,7 +27,7 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str | None, s
     folder: Path = tmp_path_factory.mktemp("serial")
     path_of = build.path_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "levels", lambda: {"base": ()})
+        patch.setattr(build, "levels", lambda *_: {"base": ()})
         patch.setattr(build, "FLAGS", [flag.replace("-O3", "-O1") for flag in build.FLAGS])  # a quicker build
         patch.setattr(build, "_openmp", lambda *_: ())
         patch.setattr(build, "path_of", lambda level, folder=folder: path_of(level, folder))

@@ -50,7 +50,7 @@ inline void outputs_of(const Matrix& m, const Prepared& p, int rows, void* y, in
   }
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(MB_INT8_DOT)
 constexpr int64_t BATCH = 1024;  // rows of inputs that are quantised at once: it bounds the scratch
 
 // `linear` for INT8 and INT4 weights and many rows.
@@ -85,7 +85,7 @@ inline int gemm_int8(const Matrix& m, const void* x, int32_t x_format, int64_t l
 }
 #endif
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
 // `linear` for BF16 and LOSSLESS weights and many rows of bf16 inputs.
 inline int gemm_bf16(const Matrix& m, const uint16_t* x, int64_t ldx, int64_t rows, void* y, int32_t y_format,
                             int64_t ldy, int threads) {
@@ -152,11 +152,11 @@ inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx,
     return x_format == BF16 ? gemm_amx(m, (const uint16_t*)x, ldx, rows, y, y_format, ldy, threads)
                             : gemm_amx(m, (const float*)x, ldx, rows, y, y_format, ldy, threads);
 #endif
-#if defined(__AVX512VNNI__)
+#if defined(MB_INT8_DOT)
   if (rows > BATCH_ROWS && (m.format == INT8 || m.format == INT4))
     return gemm_int8(m, x, x_format, ldx, rows, y, y_format, ldy, threads);
 #endif
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
   if (rows > BATCH_ROWS && (m.format == BF16 || m.format == LOSSLESS) && x_format == BF16 && m.inputs % 2 == 0)
     return gemm_bf16(m, (const uint16_t*)x, ldx, rows, y, y_format, ldy, threads);
 #endif

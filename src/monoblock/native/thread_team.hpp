@@ -26,6 +26,8 @@ constexpr int IDLE_CALLS = 16;
 inline void spin(int spins) {
 #if defined(__x86_64__)
   if (spins < SPINS) return __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  if (spins < SPINS) return (void)({ asm volatile("yield"); });
 #endif
 #if defined(__unix__) || defined(__APPLE__)
   if (spins >= SPINS) sched_yield();
