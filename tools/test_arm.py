@@ -1,8 +1,8 @@
-"""Compiles the native kernels for AArch64 and runs their tests under qemu: `python tools/test_arm.py [arguments of pytest]`.
+"""Runs the tests of the native kernels for AArch64 under qemu: `python tools/test_arm.py [arguments of pytest]`.
 
-1. A Python for arm64 from the distribution's packages, unpacked into `build/arm/root` (the system's own packages are left
-   alone), with the packages of `tools/arm/packages.txt`. Both are kept for the next run.
-2. Every level, by the cross compiler.
+1. A Python for arm64 from the distribution's packages, unpacked into `build/arm/root` (the system's own packages are
+   left alone), with the packages of `tools/arm/packages.txt`. Both are kept for the next run.
+2. Every level is compiled, by the cross compiler.
 3. The level that the library chooses on each of several CPUs.
 4. The tests of the native kernels: on a CPU with all levels, whole; on older CPUs, the products and the prompt kernels.
 
@@ -136,7 +136,7 @@ def _make_root() -> None:
 
 def _install_packages() -> None:
     """Wheels for aarch64 and the version of the root's Python."""
-    version = os.readlink(ROOTFS / "usr" / "bin" / "python3").removeprefix("python")
+    version = (ROOTFS / "usr" / "bin" / "python3").readlink().name.removeprefix("python")
     pins = dict(
         line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     )

@@ -12,6 +12,7 @@ from test_packing import by_hand
 from tiny_families import randomised
 
 import monoblock
+from monoblock import native
 from monoblock.backends.pytorch.kernels.linear import quantized_dense
 from monoblock.backends.pytorch.packed_forward import packed_states
 from monoblock.backends.pytorch.parts import replace

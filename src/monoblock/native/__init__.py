@@ -22,7 +22,7 @@ VARIABLE = "MONOBLOCK_NATIVE"
 # Levels with dot products of bfloat16, and of 8-bit integers: there, inputs are rounded to these for some products.
 BF16_DOT_PRODUCTS = ("avx512_vnni_bf16", "avx512_amx", "neon_i8mm_bf16", "sve256")
 INT8_DOT_PRODUCTS = (*BF16_DOT_PRODUCTS, "neon_dotprod")
-SERIAL = "built without OpenMP: single-threaded"
+OWN_THREADS = "built without OpenMP: on threads of its own"
 
 
 def library() -> Any:
@@ -30,19 +30,8 @@ def library() -> Any:
     return _opened()[0]
 
 
-def preferred(threads: int) -> Any:
-    """The library, if it is the better choice for a framework with `threads` threads; else None.
-
-    A build without OpenMP is single-threaded, so it is preferred only where the framework has one thread too. Use
-    `library` for operations that the framework has no kernels for.
-    """
-    found = library()
-    return found if found is not None and (threads <= 1 or has_openmp(found)) else None
-
-
-@functools.cache
 def has_openmp(library: Any) -> bool:
-    """Whether an opened library can use several threads."""
+    """Whether an opened library uses OpenMP, and so PyTorch's threads; else it has threads of its own."""
     return bool(library.mb_openmp())
 
 
@@ -52,7 +41,7 @@ def level() -> str | None:
 
 
 def has_int8_gemm() -> bool:
-    """Whether products of quantised weights with many rows use 8-bit inputs (AVX-512 VNNI, AMX, or ARM's dot products)."""
+    """Whether products of quantised weights with many rows use 8-bit inputs (VNNI, AMX, or ARM's dot products)."""
     return level() in INT8_DOT_PRODUCTS
 
 
@@ -120,7 +109,7 @@ def choose(chosen: str) -> tuple[Any, str | None, str]:
     except (OSError, AttributeError) as error:
         return None, None, f"none: {error}"
     status = best if best == names[highest] or chosen in names else f"{best}; {names[highest]} was not built"
-    return found, best, status if has_openmp(found) else f"{status}; {SERIAL}"
+    return found, best, status if has_openmp(found) else f"{status}; {OWN_THREADS}"
 
 
 def _open_openmp_runtime() -> None:

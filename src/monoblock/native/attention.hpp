@@ -367,16 +367,14 @@ void run_tasks(const AttentionCall& a) {
   int64_t block = std::max<int64_t>(TILE, 384 / shared / TILE * TILE);
   while (block > TILE && pairs * ((a.queries + block - 1) / block) < 4 * a.threads) block = round_up(block / 2, TILE);
   const int64_t blocks = (a.queries + block - 1) / block;
-#pragma omp parallel num_threads(a.threads)
-  {
+  parallel::region(a.threads, [&](parallel::Region& own) {
     Task<Dot, T> task(a, block);
     // The last queries attend to the most keys: they come first, so that the longest tasks do not come last.
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < pairs * blocks; ++i) {
+    own.loop(pairs * blocks, 1, [&](int64_t i) {
       const int64_t begin = (blocks - 1 - i / pairs) * block, pair = i % pairs;
       task.run(pair / a.kv_heads, pair % a.kv_heads, begin, std::min(begin + block, a.queries));
-    }
-  }
+    });
+  });
 }
 
 inline int attention(const AttentionCall& a) {

@@ -152,8 +152,8 @@ def _build(
             f"monoblock is installed without its native kernels: {missing}; PyTorch's kernels are used instead.",
         )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
-        openmp = _openmp(command, Path(scratch)) if with_openmp else ()
-        flags = (*FLAGS, f'-DMB_SOURCES="{digest()}"', *openmp, *more)
+        threads = (_openmp(command, Path(scratch)) if with_openmp else ()) or ("-pthread", "-fopenmp-simd")
+        flags = (*FLAGS, f'-DMB_SOURCES="{digest()}"', *threads, *more)
 
         def one(level: str, own: tuple[str, ...]) -> str:
             made = Path(scratch) / path_of(level).name
@@ -179,7 +179,9 @@ def _build(
     line = f"monoblock's native kernels were built by {command[0]}: {', '.join(built)}"
     failed = [f"{level} ({_last(text)})" for level, text in errors.items() if text]
     line = f"{line}; not {', '.join(failed)}" if failed else line
-    return Outcome(built, line if openmp else f"{line}; without OpenMP: single-threaded")
+    return Outcome(
+        built, line if "-fopenmp" in threads else f"{line}; without OpenMP: on threads of their own"
+    )
 
 
 def _openmp(command: list[str], scratch: Path) -> tuple[str, ...]:

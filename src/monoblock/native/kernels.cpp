@@ -69,7 +69,7 @@ EXPORT int mb_amx() { return has_amx(); }
 // The digest (build.py) of the sources that the library was built from.
 EXPORT const char* mb_sources() { return MB_SOURCES; }
 
-// Whether the library was built with OpenMP; without it, each call runs on the caller's thread alone.
+// Whether the library was built with OpenMP; without it, calls run on threads of its own (thread_pool.hpp).
 EXPORT int mb_openmp() {
 #if defined(_OPENMP)
   return 1;

@@ -63,8 +63,7 @@ inline void LosslessRow::decompress(int64_t k, uint16_t* to) const {
 
 // Decompresses the whole matrix to bf16 (outputs, inputs).
 inline void decompress(const Matrix& m, uint16_t* to, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t output = 0; output < m.outputs; ++output) {
+  parallel::static_for(threads, m.outputs, [&](int64_t output) {
     const LosslessRow row(m, output);
     uint16_t* weights = to + output * m.inputs;
     for (int64_t k = 0; k < m.inputs; k += RUN) {
@@ -77,7 +76,7 @@ inline void decompress(const Matrix& m, uint16_t* to, int threads) {
       memcpy(weights + k, last, (m.inputs - k) * 2);
     }
     row.outliers([&](int column, uint16_t value) { weights[column] = value; });
-  }
+  });
 }
 
 // Decompresses in registers; then multiplies as WideTile or PairTile (`Step`) does.

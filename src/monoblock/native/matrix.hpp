@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "parallel.hpp"
 #include "simd.hpp"
 
 namespace matrices {
