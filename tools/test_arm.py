@@ -156,9 +156,8 @@ def _install_packages() -> None:
 
 
 def _write_launcher() -> None:
-    PYTHON.write_text(
-        f'#!/bin/sh\nexec qemu-aarch64 -cpu "$CPU" -L "{ROOTFS}" "{ROOTFS}/usr/bin/python3" "$@"\n'
-    )
+    qemu = shutil.which("qemu-aarch64")
+    PYTHON.write_text(f'#!/bin/sh\nexec "{qemu}" -cpu "$CPU" -L "{ROOTFS}" "{ROOTFS}/usr/bin/python3" "$@"\n')
     PYTHON.chmod(0o755)
 
 
@@ -190,8 +189,12 @@ def _python(cpu: str, *arguments: str, capture: bool = False) -> subprocess.Comp
         "PYTHONPATH": f"{SOURCES}:{SITE}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "2",
+        "PATH": str(
+            BUILD / "empty"
+        ),  # without compilers: those of this machine compile for it, not for AArch64
     }
-    environment.pop("MONOBLOCK_NATIVE", None)
+    for name in ("MONOBLOCK_NATIVE", "CXX", "CC"):
+        environment.pop(name, None)
     return subprocess.run(
         [str(PYTHON), *arguments],
         env=environment,
