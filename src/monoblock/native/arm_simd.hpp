@@ -4,6 +4,7 @@
 
 namespace matrices {
 
+typedef int8_t SignedHalf __attribute__((vector_size(LANES * 2)));
 typedef int8_t Quads __attribute__((vector_size(LANES * 4)));  // four signed 8-bit integers per 32-bit lane
 
 namespace arm {
@@ -23,6 +24,16 @@ INLINE Words widen(Halves v) {
 #endif
 }
 INLINE Words widen(Bytes v) { return widen((Halves)vmovl_u8((uint8x8_t)v)); }
+INLINE Shorts widen(SignedHalf v) {
+#if defined(__clang__)
+  typedef int16_t Signed __attribute__((vector_size(LANES * 4)));
+  return (Shorts)__builtin_convertvector(v, Signed);
+#else
+  Shorts wide;
+  asm("sunpklo %0.h, %0.b" : "=w"(wide) : "0"(v));
+  return wide;
+#endif
+}
 
 INLINE Halves narrow(Words v) { return __builtin_shufflevector((Shorts)v, (Shorts)v, 0, 2, 4, 6, 8, 10, 12, 14); }
 INLINE void store_narrow(int16_t* to, Ints v) { svst1h_s32(every(), to, (svint32_t)v); }
@@ -44,6 +55,7 @@ INLINE Floats dot_pairs(Floats sums, Shorts a, Shorts b) {
 #else
 
 INLINE Words widen(Halves v) { return (Words)vmovl_u16((uint16x4_t)v); }
+INLINE Shorts widen(SignedHalf v) { return (Shorts)vmovl_s8((int8x8_t)v); }
 INLINE Words widen(Bytes v) {
   uint32_t four;
   memcpy(&four, &v, 4);
@@ -70,6 +82,7 @@ INLINE Ints dot_quads(Ints sums, Quads a, Quads b) { return (Ints)vdotq_s32((int
 INLINE Halves to_bf16(Floats v) { return (Halves)vcvt_bf16_f32((float32x4_t)v); }
 
 // BFDOT: both products are exact; their sum, and the sum with the lane, are rounded to odd, and subnormal numbers are zeros.
+// BFMLALB and BFMLALT round each product's sum to nearest, but are two instructions for as many products.
 INLINE Floats dot_pairs(Floats sums, Shorts a, Shorts b) {
   return (Floats)vbfdotq_f32((float32x4_t)sums, (bfloat16x8_t)a, (bfloat16x8_t)b);
 }
