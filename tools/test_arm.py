@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def _run(*command: str | Path, **more: object) -> None:
         raise SystemExit(f"{command[0]} failed:\n{done.stdout}{done.stderr}")
 
 
-def _once(folder: Path, key: str, make: object) -> None:
+def _once(folder: Path, key: str, make: Callable[[], None]) -> None:
     """Makes a folder again if its key has changed."""
     stamp = folder.with_name(f"{folder.name}.made")
     if folder.is_dir() and stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
@@ -103,7 +104,7 @@ def _once(folder: Path, key: str, make: object) -> None:
     print(f"== making {folder.relative_to(ROOT)}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     stamp.unlink(missing_ok=True)
-    make()  # type: ignore[operator]
+    make()
     stamp.write_text(key, encoding="utf-8")
 
 
@@ -137,6 +138,10 @@ def _make_root() -> None:
 def _install_packages() -> None:
     """Wheels for aarch64 and the version of the root's Python."""
     version = (ROOTFS / "usr" / "bin" / "python3").readlink().name.removeprefix("python")
+    if tuple(map(int, version.split("."))) < (3, 11):
+        raise SystemExit(
+            f"the distribution's Python is {version}, and 3.11 or newer is needed: use a newer release"
+        )
     pins = dict(
         line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     )
@@ -148,7 +153,7 @@ def _install_packages() -> None:
             wanted.append(f"{line}=={pin}" if pin else line)
     platforms = ("manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
     _run(
-        *(sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"),
+        *(sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-compile"),
         *("--target", SITE, "--only-binary=:all:", "--implementation", "cp", "--python-version", version),
         *(f"--platform={name}" for name in platforms),
         *wanted,
