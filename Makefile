@@ -25,7 +25,7 @@ PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-page test-ecosystem test-optimum docs clean test-notebooks test-distributed test-plans
-.PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest wheel mutate search-model chat-adapter
+.PHONY: embed-million fuzz fuzz-readers fuzz-saves fuzz-server soak sanitize test-oldest test-arm wheel mutate search-model chat-adapter
 # A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
 # Stamps of environments are kept, though they are intermediate files of pattern rules.
@@ -134,6 +134,10 @@ fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`t
 	@for part in core/test_transaction torch/test_saves_torch flax/test_saves_flax tf/test_saves_tf; do \
 		echo "== $$part, killed at every file operation"; \
 		MONOBLOCK_TEST_ALL_KILL_POINTS=1 $(VENV)/bin/python -m pytest tests/$$part.py || exit 1; done
+
+test-arm: $(VENV)/.installed-test ## the native kernels' tests at every AArch64 level, under qemu (half an hour; not in `test`)
+	@echo "== native kernels for AArch64, under qemu"
+	@$(VENV)/bin/python tools/test_arm.py
 
 sanitize: $(VENV)/.installed-test ## the native kernels' tests with the address and undefined-behaviour sanitizers
 	@echo "== native kernels, built with -fsanitize=address,undefined"

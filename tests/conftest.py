@@ -93,7 +93,7 @@ def logs(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-@pytest.fixture(params=[*build.LEVELS, "0"])
+@pytest.fixture(params=[*build.levels(), "0"])
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The instruction set of the native kernels during the test; `0`: without native kernels."""
     found = native.choose(request.param)

@@ -79,10 +79,10 @@ def repaired(wheel: Path) -> Path:
 def check_contents(wheel: Path) -> None:
     """Every level of kernels, the embedded model and the type stub are inside; nothing that does not belong there."""
     names = zipfile.ZipFile(wheel).namelist()
-    if platform.machine() == "x86_64":
-        levels = ("base", "avx2", "avx512", "avx512_vnni_bf16", "avx512_amx")
-    else:
-        levels = ("base",)
+    levels = {
+        "x86_64": ("base", "avx2", "avx512", "avx512_vnni_bf16", "avx512_amx"),
+        "aarch64": ("base", "neon_dotprod", "neon_i8mm_bf16", "sve256"),
+    }.get(platform.machine(), ("base",))
     wanted = [f"monoblock/native/kernels_{level}.so" for level in levels]
     wanted += ["monoblock/__init__.pyi", "monoblock/py.typed"]
     if missing := [name for name in wanted if name not in names]:

@@ -72,9 +72,108 @@ def test_every_level_of_this_machine_is_built(folder: Path) -> None:
     assert build.ready(folder) is None
 
 
-def test_other_architectures_have_the_base_level_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
-    assert list(build.levels()) == ["base"]
+@pytest.mark.parametrize(
+    ("machine", "levels"),
+    [
+        ("AMD64", ["base", "avx2", "avx512", "avx512_vnni_bf16", "avx512_amx"]),
+        ("arm64", ["base", "neon_dotprod", "neon_i8mm_bf16", "sve256"]),
+        ("riscv64", ["base"]),
+    ],
+)
+def test_each_architecture_has_its_levels(
+    machine: str, levels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(build.levels(machine)) == levels
+    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    assert list(build.levels()) == levels
+    assert native.choose("fast")[2] == (f"off: MONOBLOCK_NATIVE is 'fast', not one of 0, {', '.join(levels)}")
+
+
+def test_levels_with_dot_products_exist() -> None:
+    levels = {level for table in build.LEVELS.values() for level in table}
+    assert set(native.BF16_DOT_PRODUCTS) < set(native.INT8_DOT_PRODUCTS) < levels
+
+
+# AT_HWCAP: atomics 8, dot product 20, SVE 22. AT_HWCAP2: SVE i8mm 9, SVE bf16 12, i8mm 13, bf16 14 (<asm/hwcap.h>).
+DOT, SVE = 1 << 8 | 1 << 20, 1 << 22
+BOTH, SVE_BOTH = 1 << 13 | 1 << 14, 1 << 9 | 1 << 12
+MACHINES = {
+    "Cortex-A72": (0, 0, 0, "base"),
+    "dot products without the atomics of Armv8.1": (1 << 20, BOTH, 0, "base"),
+    "Neoverse N1": (DOT, 0, 0, "neon_dotprod"),
+    "i8mm alone": (DOT, 1 << 13, 0, "neon_dotprod"),
+    "bf16 alone": (DOT, 1 << 14, 0, "neon_dotprod"),
+    "Apple M2": (DOT, BOTH, 0, "neon_i8mm_bf16"),
+    "Neoverse V1": (DOT | SVE, BOTH | SVE_BOTH, 32, "sve256"),
+    "Neoverse V2": (DOT | SVE, BOTH | SVE_BOTH, 16, "neon_i8mm_bf16"),
+    "512 bits": (DOT | SVE, BOTH | SVE_BOTH, 64, "neon_i8mm_bf16"),
+    "SVE without bf16": (DOT | SVE, BOTH | 1 << 9, 32, "neon_i8mm_bf16"),
+    "A64FX": (1 << 8 | SVE, 0, 64, "base"),
+}
+
+
+@needs_compiler
+def test_the_level_of_an_arm_machine(tmp_path: Path) -> None:
+    source, made = tmp_path / "level.cpp", tmp_path / "level.so"
+    source.write_text(f"""#include "{build.HERE / "arm_level.hpp"}"
+extern "C" int level(uint64_t hwcap, uint64_t hwcap2, int vector_bytes) {{
+  return arm_level::level_of(arm_level::features_of(hwcap, hwcap2, vector_bytes));
+}}
+""")
+    assert COMPILER is not None
+    subprocess.run([*COMPILER, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
+    level_of = ctypes.CDLL(str(made)).level
+    level_of.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int)
+    levels = list(build.levels("aarch64"))
+    found = {name: levels[level_of(*machine[:3])] for name, machine in MACHINES.items()}
+    assert found == {name: level for name, (*_, level) in MACHINES.items()}
+
+
+def test_a_build_for_another_architecture(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The compiler's commands, without the compiler."""
+    commands: list[list[str]] = []
+
+    def compiled(command: list[str], seconds: float = 600) -> str:
+        commands.append(command)
+        Path(command[-1]).write_text("")
+        return ""
+
+    monkeypatch.setattr(build, "_run", compiled)
+    made = folder / "made"
+    made.mkdir()
+    cross = ["--target", "aarch64", "--compiler", f"{sys.executable} -v", "--folder", str(made)]
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    assert build.main(cross) == 0
+    assert "base, neon_dotprod, neon_i8mm_bf16, sve256" in capsys.readouterr().out
+    assert libraries(made) == {f"kernels_{level}.so" for level in build.levels("aarch64")}
+    assert all(command[:2] == [sys.executable, "-v"] for command in commands)
+    flags = {
+        Path(command[-1]).stem: command for command in commands if str(folder / "kernels.cpp") in command
+    }
+    assert "-march=armv8.2-a+dotprod" in flags["kernels_neon_dotprod"]
+    assert "-march=armv8.2-a+dotprod+i8mm+bf16" in flags["kernels_neon_i8mm_bf16"]
+    assert "-msve-vector-bits=256" in flags["kernels_sve256"]
+    assert not any(flag.startswith("-m") for flag in flags["kernels_base"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "sparc"], "--target sparc: expected x86_64 or aarch64"),
+        (["--target", "aarch64"], "--target aarch64 needs --compiler with a cross compiler, and a --folder"),
+        (["--compiler", "no-such-compiler"], "--compiler no-such-compiler: not found"),
+        (["--folder", "no-such-folder"], "--folder no-such-folder: there is no such folder"),
+    ],
+)
+def test_a_build_that_cannot_be_is_refused(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    with pytest.raises(SystemExit):
+        build.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_a_missing_compiler_is_reported_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +304,7 @@ def test_all_structures_of_abi_are_compared() -> None:
 @needs_compiler
 @pytest.mark.usefixtures("small_interface")
 @pytest.mark.parametrize("openmp", [True, False])
-def test_a_build_without_openmp_is_reported_and_used_for_one_thread(
+def test_a_build_without_openmp_is_reported(
     openmp: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = build._run
@@ -223,11 +322,10 @@ def test_a_build_without_openmp_is_reported_and_used_for_one_thread(
     assert level == "base"
     if openmp and status != "base":
         pytest.skip("this compiler has no OpenMP")
-    assert openmp or status == "base; built without OpenMP: single-threaded"
-    assert openmp != outcome.line.endswith("; without OpenMP: single-threaded")
+    assert openmp or status == "base; built without OpenMP: on threads of its own"
+    assert openmp != outcome.line.endswith("; without OpenMP: on threads of their own")
     monkeypatch.setattr(native, "_opened", lambda: found)
-    assert native.library() is native.preferred(1) is library
-    assert native.preferred(2) is (library if openmp else None)
+    assert native.library() is library and native.has_openmp(library) == openmp
 
 
 @needs_compiler
@@ -239,14 +337,9 @@ def test_kernels_load_beside_a_stand_in_for_pytorch(folder: Path, monkeypatch: p
     assert native.choose("base")[1] == "base"
 
 
-def test_no_kernels_are_preferred_if_none_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_opened", lambda: native.choose("0"))
-    assert native.preferred(1) is None
-
-
 @pytest.mark.skipif(native.library() is None, reason=f"native kernels: {native.status()}")
 def test_the_built_kernels_load_at_every_supported_level() -> None:
-    names = list(build.LEVELS)
+    names = list(build.levels())
     highest = names.index(native.choose("")[1] or "base")
     for name in names[: highest + 1]:
         assert native.choose(name)[1] == name

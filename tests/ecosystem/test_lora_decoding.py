@@ -13,7 +13,7 @@ from tiny import CAUSAL, LANGUAGE, Library
 
 from monoblock import native
 
-pytestmark = pytest.mark.skipif(native.preferred(1) is None, reason=f"native kernels: {native.status()}")
+pytestmark = pytest.mark.skipif(native.library() is None, reason=f"native kernels: {native.status()}")
 
 # All matrices of a layer and the head, by transformers' names.
 MATRICES = {

@@ -12,6 +12,7 @@ from test_packing import by_hand
 from tiny_families import randomised
 
 import monoblock
+from monoblock import native
 from monoblock.backends.pytorch.kernels.linear import quantized_dense
 from monoblock.backends.pytorch.packed_forward import packed_states
 from monoblock.backends.pytorch.parts import replace
@@ -75,7 +76,7 @@ def test_product(level: str, form: tuple[int, int, bool, bool]) -> None:
         bias = torch.randn(outputs, generator=torch.Generator().manual_seed(9))
         expected, found = F.linear(x, weight, bias), quantized_dense(x, packed, bias)
         error = float((found - expected).norm() / expected.norm())
-        assert error < BOUNDS[level in ("avx512_vnni_bf16", "avx512_amx")], (rows, error)
+        assert error < BOUNDS[level in native.INT8_DOT_PRODUCTS], (rows, error)
         short = quantized_dense(x.bfloat16(), packed, bias)
         assert short.dtype == torch.bfloat16
         assert float((short.float() - expected).norm() / expected.norm()) < 0.015, rows
@@ -100,7 +101,7 @@ def test_models(level: str, form: tuple[int, int, bool, bool]) -> None:
     model.quantization_config = WeightOnlyConfig(bits=form[0], group_size=form[1], source="gguf")
     plain = copy.deepcopy(model).dequantize()
     ids = torch.randint(0, 99, (2, 21), generator=torch.Generator().manual_seed(0))
-    bound = BOUNDS[level in ("avx512_vnni_bf16", "avx512_amx")] * 8  # through the layers
+    bound = BOUNDS[level in native.INT8_DOT_PRODUCTS] * 8  # through the layers
     expected = plain(ids).logits
     assert float((model(ids).logits - expected).norm() / expected.norm()) < bound
     states = packed_states(model.model, ids.tolist())

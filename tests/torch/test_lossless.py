@@ -119,7 +119,7 @@ def test_products(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 dtype == torch.bfloat16
             ):  # PyTorch's own way rounds the product, and rounds again with the bias
                 allowed += 2 * HALF_STEP * (expected.abs() + (0 if own is None else own.double().abs()))
-            if level in native.DOT_PRODUCTS and 1 < rows <= linear.FEW:
+            if level in native.BF16_DOT_PRODUCTS and 1 < rows <= linear.FEW:
                 allowed = allowed + HALF_STEP * sizes  # inputs are rounded to bfloat16
             assert ((y - expected).abs() <= allowed).all(), (outputs, inputs, rows, dtype)
 

@@ -33,7 +33,7 @@ DTYPES = {"float32": (torch.float32, ATOL), "bfloat16": (torch.bfloat16, 2e-2)} 
 native_only = pytest.mark.skipif(native_ops.LIBRARY is None, reason=f"native kernels: {native.status()}")
 
 
-@pytest.fixture(params=build.LEVELS)
+@pytest.fixture(params=list(build.levels()))
 def level(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set of this machine."""
     library, found, status = native.choose(request.param)

@@ -1,8 +1,7 @@
 """Loads the native CPU library for the highest instruction set that the machine supports. Imports no framework.
 
 The library is opened at the first use. The environment variable `MONOBLOCK_NATIVE` limits the choice: `0` disables the
-library; the name of a level (`base`, `avx2`, `avx512`, `avx512_vnni_bf16`, `avx512_amx`) is the highest level that is
-used.
+library; the name of a level of this architecture (`build.LEVELS`) is the highest level that is used.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from monoblock.native import abi
 
 FORMATS = abi.FORMATS
 VARIABLE = "MONOBLOCK_NATIVE"
-# Levels with dot products of 8-bit integers and of bfloat16.
-DOT_PRODUCTS = ("avx512_vnni_bf16", "avx512_amx")
-SERIAL = "built without OpenMP: single-threaded"
+# Levels with dot products of bfloat16, and of 8-bit integers: there, inputs are rounded to these for some products.
+BF16_DOT_PRODUCTS = ("avx512_vnni_bf16", "avx512_amx", "neon_i8mm_bf16", "sve256")
+INT8_DOT_PRODUCTS = (*BF16_DOT_PRODUCTS, "neon_dotprod")
+OWN_THREADS = "built without OpenMP: on threads of its own"
 
 
 def library() -> Any:
@@ -30,19 +30,8 @@ def library() -> Any:
     return _opened()[0]
 
 
-def preferred(threads: int) -> Any:
-    """The library, if it is the better choice for a framework with `threads` threads; else None.
-
-    A build without OpenMP is single-threaded, so it is preferred only where the framework has one thread too. Use
-    `library` for operations that the framework has no kernels for.
-    """
-    found = library()
-    return found if found is not None and (threads <= 1 or has_openmp(found)) else None
-
-
-@functools.cache
 def has_openmp(library: Any) -> bool:
-    """Whether an opened library can use several threads."""
+    """Whether an opened library uses OpenMP, and so PyTorch's threads; else it has threads of its own."""
     return bool(library.mb_openmp())
 
 
@@ -52,13 +41,14 @@ def level() -> str | None:
 
 
 def has_int8_gemm() -> bool:
-    """Whether products of quantised weights with many rows use 8-bit inputs (AVX-512 VNNI or AMX)."""
-    return level() in DOT_PRODUCTS
+    """Whether products of quantised weights with many rows use 8-bit inputs (VNNI, AMX, or ARM's dot products)."""
+    return level() in INT8_DOT_PRODUCTS
 
 
 def has_bf16_gemm(inputs: int) -> bool:
-    """Whether the library has a GEMM (AVX-512 BF16 or AMX) for bfloat16 products with many rows of `inputs` columns."""
-    return has_amx() or (level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not only_torch_has_amx())
+    """Whether the library has a GEMM (AVX-512 BF16, AMX or ARM's BF16) for bfloat16 products with many rows of `inputs`
+    columns."""
+    return has_amx() or (level() in BF16_DOT_PRODUCTS and inputs % 2 == 0 and not only_torch_has_amx())
 
 
 def has_amx() -> bool:
@@ -91,7 +81,7 @@ def choose(chosen: str) -> tuple[Any, str | None, str]:
     chosen = chosen.strip().lower()
     if chosen in ("0", "off", "no", "false"):
         return None, None, f"off: {VARIABLE} is {chosen}"
-    names = list(build.LEVELS)
+    names = list(build.levels())
     if chosen and chosen not in (*names, "1", "on"):
         return None, None, f"off: {VARIABLE} is {chosen!r}, not one of 0, {', '.join(names)}"
     if not build.path_of("base").exists():
@@ -120,7 +110,7 @@ def choose(chosen: str) -> tuple[Any, str | None, str]:
         return None, None, f"none: {error}"
     apply_setting(found)
     status = best if best == names[highest] or chosen in names else f"{best}; {names[highest]} was not built"
-    return found, best, status if has_openmp(found) else f"{status}; {SERIAL}"
+    return found, best, status if has_openmp(found) else f"{status}; {OWN_THREADS}"
 
 
 def _open_openmp_runtime() -> None:

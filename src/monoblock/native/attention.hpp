@@ -37,7 +37,7 @@ struct AttentionCall {
   int32_t bf16, causal, threads;
 };
 
-constexpr int ROWS = 6, COLUMNS = LANES == 4 || LANES == 8 ? 2 : 4;  // a register tile: rows, and vectors per row
+constexpr int ROWS = 6, COLUMNS = matrices::REGISTERS == 32 ? 4 : 2;  // a register tile: rows, and vectors per row
 constexpr int PANEL = COLUMNS * LANES;                               // keys of a packed panel
 // Queries and keys of a tile of scores. The queries are a multiple of a register tile's rows, and of an AMX tile's.
 #if defined(__AMX_TILE__)
@@ -48,16 +48,16 @@ constexpr int TILE = 24;
 constexpr int KEYS = 256;
 constexpr float MASKED = -INFINITY;
 
-struct Plain {  // float32; also bfloat16 without AVX-512 BF16
+struct Plain {  // float32; also bfloat16 without dot products of pairs
   static constexpr int PER_WORD = 1, ROWS = prompt::ROWS, WORDS = 1;
   static Floats dot(Floats sum, float a, Floats b) { return sum + a * b; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
 struct Pairs {
   static constexpr int PER_WORD = 2, ROWS = prompt::ROWS, WORDS = 1;
   static Floats dot(Floats sum, float a, Floats b) {
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)all(a), (__m512bh)b);
+    return matrices::dot_pairs(sum, bits<matrices::Shorts>(all(a)), bits<matrices::Shorts>(b));
   }
 };
 #else
@@ -367,16 +367,14 @@ void run_tasks(const AttentionCall& a) {
   int64_t block = std::max<int64_t>(TILE, 384 / shared / TILE * TILE);
   while (block > TILE && pairs * ((a.queries + block - 1) / block) < 4 * a.threads) block = round_up(block / 2, TILE);
   const int64_t blocks = (a.queries + block - 1) / block;
-#pragma omp parallel num_threads(a.threads)
-  {
+  parallel::region(a.threads, [&](parallel::Region& own) {
     Task<Dot, T> task(a, block);
     // The last queries attend to the most keys: they come first, so that the longest tasks do not come last.
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < pairs * blocks; ++i) {
+    own.loop(pairs * blocks, 1, [&](int64_t i) {
       const int64_t begin = (blocks - 1 - i / pairs) * block, pair = i % pairs;
       task.run(pair / a.kv_heads, pair % a.kv_heads, begin, std::min(begin + block, a.queries));
-    }
-  }
+    });
+  });
 }
 
 inline int attention(const AttentionCall& a) {

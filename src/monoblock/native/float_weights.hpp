@@ -70,4 +70,16 @@ inline const float* float_weights(const Matrix& m, int64_t output, int64_t k, in
   return dequantise(m, output, k, count, to), to;
 }
 
+// The weights [k, k + count) of a row as bf16; `to` is used where they are stored in another format.
+inline const uint16_t* bf16_weights(const Matrix& m, int64_t output, int64_t k, int64_t count, uint16_t* to) {
+  if (m.format == BF16) return (const uint16_t*)m.data + output * m.inputs + k;
+  if (m.format != LOSSLESS) return dequantise(m, output, k, count, to), to;
+  const LosslessRow row(m, output);
+  for (int64_t i = 0; i < count; i += RUN) row.decompress(k + i, to + i);
+  row.outliers([&](int column, uint16_t value) {
+    if (column >= k && column < k + count) to[column - k] = value;
+  });
+  return to;
+}
+
 }  // namespace matrices

@@ -11,11 +11,11 @@
 
 namespace matrices {
 
-// Rows of weights of a tile: its sums, R * T vectors, must stay in registers (32 with AVX-512, else 16).
+// Rows of weights of a tile: its sums, R * T vectors, must stay in registers.
 template <int STREAMS, int T>
 constexpr int rows_of() {
-  if (STREAMS == 3) return LANES == 16 || T <= 4 ? 3 : 1;
-  constexpr int fit = LANES == 16 ? (T <= 4 ? 4 : 2) : (T <= 2 ? 4 : T <= 4 ? 2 : 1);
+  if (STREAMS == 3) return REGISTERS == 32 || T <= 4 ? 3 : 1;
+  constexpr int fit = REGISTERS == 32 ? (T <= 4 ? 4 : 2) : (T <= 2 ? 4 : T <= 4 ? 2 : 1);
   return fit < STREAMS ? fit : STREAMS;
 }
 
@@ -103,8 +103,8 @@ struct WideTile : BfloatTile<WideTile> {
   }
 };
 
-#if defined(__AVX512BF16__)
-// bf16 inputs: one instruction (VDPBF16PS) multiplies 32 pairs and adds them in pairs to 16 floats.
+#if defined(MB_BF16_DOT)
+// bf16 inputs: one instruction (VDPBF16PS, BFDOT) multiplies LANES pairs and adds them in pairs to LANES floats.
 struct PairTile : BfloatTile<PairTile> {
   static INLINE const uint16_t* inputs(const Prepared& p) { return p.bf; }
 
@@ -113,7 +113,7 @@ struct PairTile : BfloatTile<PairTile> {
     UNROLL for (int t = 0; t < T; ++t) {
       const Shorts v = load<Shorts>(x + t * ldx);
       UNROLL for (int r = 0; r < R; ++r)
-        sums[r][t] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][t], (__m512bh)v, (__m512bh)weights[r]);
+        sums[r][t] = dot_pairs(sums[r][t], v, weights[r]);
     }
   }
 };
@@ -237,6 +237,12 @@ struct CodeTile {
     return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, own));
   }
 };
+#elif defined(MB_INT8_DOT)
+}  // namespace matrices
+
+#include "arm_tiles.hpp"
+
+namespace matrices {
 #else
 // Quantised weights with float32 inputs: codes are converted to floats, and each group's sum is scaled once.
 template <int32_t CODES>

@@ -9,6 +9,7 @@
 #endif
 
 #include "abi.hpp"
+#include "arm_level.hpp"
 #include "attention.hpp"
 #include "bandwidth.hpp"
 #include "decode_step.hpp"
@@ -33,15 +34,17 @@ bool has_amx() {
 #endif
 }
 
+#if defined(__x86_64__) || defined(_M_X64)
 // Asks Linux to let this process use the tile registers, whose state is large; threads that it starts later may use them too.
 bool may_use_tiles() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 #else
   return false;
 #endif
 }
+#endif
 
 }  // namespace
 
@@ -56,7 +59,7 @@ EXPORT int mb_level() {
   if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bf16")) return 2;
   return has_amx() && may_use_tiles() ? 4 : 3;
 #else
-  return 0;
+  return arm_level::level();
 #endif
 }
 
@@ -66,7 +69,7 @@ EXPORT int mb_amx() { return has_amx(); }
 // The digest (build.py) of the sources that the library was built from.
 EXPORT const char* mb_sources() { return MB_SOURCES; }
 
-// Whether the library was built with OpenMP; without it, each call runs on the caller's thread alone.
+// Whether the library was built with OpenMP; without it, calls run on threads of its own (thread_pool.hpp).
 EXPORT int mb_openmp() {
 #if defined(_OPENMP)
   return 1;

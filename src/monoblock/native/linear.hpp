@@ -2,25 +2,12 @@
 // between the tiles for few rows and the GEMMs for many. Part of matrix.hpp.
 #pragma once
 
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace matrices {
 
 constexpr int BATCH_ROWS = 16;  // rows of inputs that are prepared together; more rows go to a GEMM
 constexpr int STRIP = 512;      // outputs that a thread holds as floats before it rounds them to bf16
 constexpr int CHUNK = 512;      // outputs of one iteration of the parallel loop; fewer for small matrices
 constexpr int64_t SERIAL_WORK = 1 << 16;  // multiplications below which waking other threads takes longer than the work
-
-inline int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // A buffer per calling thread, reused by later calls and grown when needed, so that a call rarely allocates. Null if the
 // allocation fails.
@@ -50,7 +37,7 @@ inline void outputs_of(const Matrix& m, const Prepared& p, int rows, void* y, in
   }
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(MB_INT8_DOT)
 constexpr int64_t BATCH = 1024;  // rows of inputs that are quantised at once: it bounds the scratch
 
 // `linear` for INT8 and INT4 weights and many rows.
@@ -65,40 +52,36 @@ inline int gemm_int8(const Matrix& m, const void* x, int32_t x_format, int64_t l
     const int64_t count = rows - start < most ? rows - start : most;
     const char* from = (const char*)x + start * ldx * (x_format == BF16 ? 2 : 4);
     char* to = (char*)y + start * ldy * (y_format == BF16 ? 2 : 4);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      char* mine = scratch + inputs + thread_number() * own;
+    parallel::region(threads, [&](parallel::Region& region) {
+      char* mine = scratch + inputs + region.thread() * own;
       const PackedPanel packed(mine, m);
       float* wide = (float*)(mine + own - m.inputs * 4);
-#pragma omp for schedule(dynamic, 8)
-      for (int64_t row = 0; row < count; ++row) {
+      region.loop(count, 8, [&](int64_t row) {
         const float* floats = (const float*)from + row * ldx;
         if (x_format == BF16) convert_to_float((const uint16_t*)from + row * ldx, m.inputs, wide), floats = wide;
         quantise_row(floats, row, m, p);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t first = 0; first < m.outputs; first += PANEL)
-        int8_panel(m, packed, first, p, count, to, y_format, ldy);
-    }
+      });
+      region.loop((m.outputs + PANEL - 1) / PANEL, 1,
+                  [&](int64_t panel) { int8_panel(m, packed, panel * PANEL, p, count, to, y_format, ldy); });
+    });
   }
   return 0;
 }
 #endif
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
 // `linear` for BF16 and LOSSLESS weights and many rows of bf16 inputs.
 inline int gemm_bf16(const Matrix& m, const uint16_t* x, int64_t ldx, int64_t rows, void* y, int32_t y_format,
                             int64_t ldy, int threads) {
   char* scratch = (char*)scratch_of(threads * PackedBlock::BYTES + 64);
   if (!scratch) return 1;
   scratch = (char*)round_up((int64_t)scratch, 64);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const PackedBlock packed(scratch + thread_number() * PackedBlock::BYTES);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t first = 0; first < m.outputs; first += PANEL)
-      bf16_panel(m, packed, first, first + threads * PANEL, x, ldx, rows, (char*)y, y_format, ldy);
-  }
+  parallel::region(threads, [&](parallel::Region& region) {
+    const PackedBlock packed(scratch + region.thread() * PackedBlock::BYTES);
+    region.loop((m.outputs + PANEL - 1) / PANEL, 1, [&](int64_t panel) {
+      bf16_panel(m, packed, panel * PANEL, (panel + threads) * PANEL, x, ldx, rows, (char*)y, y_format, ldy);
+    });
+  });
   return 0;
 }
 #endif
@@ -119,17 +102,14 @@ inline int gemm_amx(const Matrix& m, const X* x, int64_t ldx, int64_t rows, Y* y
     const AmxTasks tasks(m, count, threads);
     AmxInputs in;
     in.place(scratch, m, count, true);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      const AmxScratch mine(scratch + inputs + thread_number() * own);
-#pragma omp for schedule(dynamic, 2)
-      for (int64_t block = 0; block < blocks; ++block) in.prepare(m, x + start * ldx, ldx, count, block);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < tasks.count(); ++task) {
+    parallel::region(threads, [&](parallel::Region& region) {
+      const AmxScratch mine(scratch + inputs + region.thread() * own);
+      region.loop(blocks, 2, [&](int64_t block) { in.prepare(m, x + start * ldx, ldx, count, block); });
+      region.loop(tasks.count(), 1, [&](int64_t task) {
         const auto [row, end, first, last] = tasks.multiply(task, in, mine);
         amx_store(m, first, last - first, mine.sums, tasks.ld, end - row, y + (start + row) * ldy, ldy);
-      }
-    }
+      });
+    });
   }
   return 0;
 }
@@ -152,11 +132,11 @@ inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx,
     return x_format == BF16 ? gemm_amx(m, (const uint16_t*)x, ldx, rows, y, y_format, ldy, threads)
                             : gemm_amx(m, (const float*)x, ldx, rows, y, y_format, ldy, threads);
 #endif
-#if defined(__AVX512VNNI__)
+#if defined(MB_INT8_DOT)
   if (rows > BATCH_ROWS && (m.format == INT8 || m.format == INT4))
     return gemm_int8(m, x, x_format, ldx, rows, y, y_format, ldy, threads);
 #endif
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
   if (rows > BATCH_ROWS && (m.format == BF16 || m.format == LOSSLESS) && x_format == BF16 && m.inputs % 2 == 0)
     return gemm_bf16(m, (const uint16_t*)x, ldx, rows, y, y_format, ldy, threads);
 #endif
@@ -176,11 +156,10 @@ inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx,
     void* to = (char*)y + row * ldy * (y_format == BF16 ? 2 : 4);
     const int64_t each = m.outputs < 8 * threads * CHUNK ? round_up(m.outputs / (8 * threads) + 1, 16) : CHUNK;
     const int64_t chunks = (m.outputs + each - 1) / each;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    parallel::dynamic_for(threads, chunks, [&](int64_t chunk) {
       const int64_t first = chunk * each, last = first + each < m.outputs ? first + each : m.outputs;
       outputs_of(m, p, count, to, y_format, ldy, first, last);
-    }
+    });
   }
   return 0;
 }
@@ -193,11 +172,10 @@ inline int product_by_plan(const Matrix& m, const float* x, int rows, float* y, 
   Prepared p = prepared_in(scratch, m.inputs, BATCH_ROWS);
   prepare(m, x, m.inputs, rows, p);
   const int64_t each = chunk_of(m, m.outputs, rows, threads), chunks = (m.outputs + each - 1) / each;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  parallel::dynamic_for(threads, chunks, [&](int64_t chunk) {
     const int64_t first = chunk * each, last = first + each < m.outputs ? first + each : m.outputs;
     multiply(m, p, rows, y, m.outputs, first, last);
-  }
+  });
   return 0;
 }
 

@@ -40,6 +40,14 @@ struct LosslessRow {
   uint16_t highest;  // the highest exponent, in the exponent bits of a bf16
 };
 
+INLINE Shorts widen(HalfBytes v) {
+#if defined(__aarch64__)
+  return arm::widen(v);
+#else
+  return bits<Shorts>(__builtin_convertvector(v, SignedShorts));
+#endif
+}
+
 // A vector of bf16 weights of a run, from weight 32 * J + word on; `lower`: the run's words from `word` on.
 template <int J>
 INLINE Shorts decompressed(const uint8_t* run, Shorts lower, int word, uint16_t highest) {
@@ -47,7 +55,7 @@ INLINE Shorts decompressed(const uint8_t* run, Shorts lower, int word, uint16_t 
   const Shorts by = (shift > 0 ? lower << (shift > 0 ? shift : 0) : lower >> (shift > 0 ? 0 : -shift)) & 0x780;
   const Shorts exponent = bits<Shorts>(by != 0x780) & (highest - by);
   const HalfBytes rest = load<HalfBytes>(run + 32 * J + word);
-  return (bits<Shorts>(__builtin_convertvector(rest, SignedShorts)) & 0x807f) | exponent;
+  return (widen(rest) & 0x807f) | exponent;
 }
 
 inline void LosslessRow::decompress(int64_t k, uint16_t* to) const {
@@ -63,8 +71,7 @@ inline void LosslessRow::decompress(int64_t k, uint16_t* to) const {
 
 // Decompresses the whole matrix to bf16 (outputs, inputs).
 inline void decompress(const Matrix& m, uint16_t* to, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t output = 0; output < m.outputs; ++output) {
+  parallel::static_for(threads, m.outputs, [&](int64_t output) {
     const LosslessRow row(m, output);
     uint16_t* weights = to + output * m.inputs;
     for (int64_t k = 0; k < m.inputs; k += RUN) {
@@ -77,7 +84,7 @@ inline void decompress(const Matrix& m, uint16_t* to, int threads) {
       memcpy(weights + k, last, (m.inputs - k) * 2);
     }
     row.outliers([&](int column, uint16_t value) { weights[column] = value; });
-  }
+  });
 }
 
 // Decompresses in registers; then multiplies as WideTile or PairTile (`Step`) does.

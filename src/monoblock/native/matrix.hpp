@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "parallel.hpp"
 #include "simd.hpp"
 
 namespace matrices {
@@ -117,7 +118,7 @@ namespace matrices {
 inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
   switch (m.format) {
     case F32: return over_tiles<FloatTile>(m, x, rows, y, ldy, first, last);
-#if defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
     case BF16:
       return by_pairs(rows) ? over_tiles<PairTile>(m, x, rows, y, ldy, first, last)
                             : over_tiles<WideTile>(m, x, rows, y, ldy, first, last);
@@ -138,6 +139,7 @@ inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int
 #include "row_products.hpp"
 #include "gemm_int8.hpp"
 #include "gemm_bf16.hpp"
+#include "arm_gemm.hpp"
 #include "amx.hpp"
 #include "linear.hpp"
 

@@ -244,7 +244,7 @@ class PackedRun {
 
   // Whether attention multiplies pairs of bf16: where the weights are rounded as much, and one instruction does it.
   bool by_pairs() const {
-#if defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
     return m.blocks[0].qkv.format != matrices::F32;
 #else
     return false;

@@ -30,7 +30,7 @@ INLINE const float* as_floats(const uint16_t* from, int64_t count, float* to) {
 // scores (R, BLOCK_TOKENS) of R queries with a block of keys (dim, BLOCK_TOKENS).
 template <int R>
 INLINE void block_scores(const float* query, int dim, const float* keys, float* scores) {
-  constexpr int COLUMNS = LANES == 16 ? 4 : 2, WIDTH = COLUMNS * LANES;
+  constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2, WIDTH = COLUMNS * LANES;
   for (int at = 0; at < BLOCK_TOKENS; at += WIDTH) {
     Floats found[R][COLUMNS] = {};
     for (int c = 0; c < dim; ++c) {

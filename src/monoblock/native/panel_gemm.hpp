@@ -3,8 +3,8 @@
 //
 // Weights are packed so that a vector holds one input's weights of LANES outputs. In general they become float32. Quantised
 // weights become 16-bit integers with AVX2, where a multiply-add of pairs does twice the work of a float32 one; inputs are
-// rounded to 16 bits for each group. With AVX-512 VNNI or BF16, the kernels of gemm_int8.hpp and gemm_bf16.hpp multiply inputs
-// in 8 bits or in bf16. With AMX, quantised weights become bf16 too, for the sake of accuracy: see amx_forward.hpp.
+// rounded to 16 bits for each group. With dot products, the kernels of gemm_int8.hpp, gemm_bf16.hpp and arm_gemm.hpp multiply
+// inputs in 8 bits or in bf16. With AMX, quantised weights become bf16 too, for the sake of accuracy: see amx_forward.hpp.
 #pragma once
 
 #include "matrix.hpp"
@@ -15,12 +15,12 @@ constexpr int64_t PANEL_OUTPUTS = 64;
 constexpr int64_t PANEL_DEPTH = 768;  // inputs of a packed block: 192 KB as float32, which stays in L2 beside the sums
 constexpr int64_t PANEL_ROWS = 384;   // rows whose sums a thread holds: 96 KB
 
-constexpr int TILE_ROWS = 6, TILE_VECTORS = LANES == 16 ? 4 : 2;  // a register tile
+constexpr int TILE_ROWS = 6, TILE_VECTORS = REGISTERS == 32 ? 4 : 2;  // a register tile
 constexpr int TILE_OUTPUTS = TILE_VECTORS * LANES;
 
 // Whether products with this matrix read inputs in 8 bits, in 16 bits, or in bf16.
 inline bool reads_int8(const Matrix& m) {
-#if defined(__AVX512VNNI__) && !defined(__AMX_TILE__)
+#if defined(MB_INT8_DOT) && !defined(__AMX_TILE__)
   return m.format == INT8 || m.format == INT4;
 #else
   return m.format < 0;
@@ -36,7 +36,7 @@ inline bool reads_int16(const Matrix& m) {
 }
 
 inline bool reads_bf16(const Matrix& m) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
   return m.format != F32 && !reads_int8(m) && m.inputs % 2 == 0;
 #else
   return m.format < 0;
@@ -101,10 +101,10 @@ struct PanelScratch {
 
   static int64_t other_bytes([[maybe_unused]] int64_t inputs) {
     int64_t bytes = 64;
-#if defined(__AVX512VNNI__)
+#if defined(MB_INT8_DOT)
     bytes = PackedPanel::bytes(inputs, LEAST_GROUP) + 64;
 #endif
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
     if (bytes < PackedBlock::BYTES + 64) bytes = PackedBlock::BYTES + 64;
 #endif
     return bytes;
@@ -276,7 +276,7 @@ inline void multiply_words(const Matrix& m, const PanelInputs& in, int64_t row, 
 // with the bias. Columns beyond the last output are undefined.
 inline void panel_sums(const Matrix& m, const PanelInputs& in, int64_t first, int64_t row, int64_t count,
                        PanelScratch& scratch) {
-#if defined(__AVX512VNNI__)
+#if defined(MB_INT8_DOT)
   if (reads_int8(m)) {
     const PackedPanel packed(scratch.other, m);
     if (scratch.packed != &m || scratch.packed_first != first) pack_panel(m, first, packed);
@@ -286,7 +286,7 @@ inline void panel_sums(const Matrix& m, const PanelInputs& in, int64_t first, in
     return packed_rows(m, packed, first, own, count, scratch.sums - first, F32, PANEL_OUTPUTS);
   }
 #endif
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
   if (reads_bf16(m)) {
     const PackedBlock packed((char*)round_up((int64_t)scratch.other, 64));
     scratch.packed = nullptr;

@@ -6,7 +6,7 @@ namespace matrices {
 // Whether inputs are rounded to bf16 for bf16 weights (dot products of pairs). With one row, fp32 inputs cost nothing,
 // because the product is bound by memory bandwidth; four rows in fp32 would take 1.5 times as long.
 INLINE bool by_pairs(int rows) {
-#if defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
   return rows > 1;
 #else
   return rows < 0;
@@ -102,7 +102,7 @@ inline void prepare(const Matrix& m, const float* x, int64_t ldx, int rows, Prep
     else
       deinterleave(x + row * ldx, m.inputs, p.f + row * p.padded, p.padded);
   if (m.format != INT8 && m.format != INT4) return;
-#if defined(__AVX512VNNI__)
+#if defined(MB_INT8_DOT)
   for (int row = 0; row < rows; ++row) quantise_row(x + row * ldx, row, m, p);
 #else
   if (m.inputs != p.padded) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "parallel.hpp"
 #include "vector_math.hpp"
 
 namespace prompt {
@@ -101,8 +102,8 @@ void norm_row(const NormCall& n, int64_t row) {
 }
 
 inline int norm(const NormCall& n) {
-#pragma omp parallel for num_threads(n.threads) if (n.threads > 1 && n.rows > 8)
-  for (int64_t row = 0; row < n.rows; ++row) n.bf16 ? norm_row<uint16_t>(n, row) : norm_row<float>(n, row);
+  parallel::static_for(n.rows > 8 ? n.threads : 1, n.rows,
+                       [&](int64_t row) { n.bf16 ? norm_row<uint16_t>(n, row) : norm_row<float>(n, row); });
   return 0;
 }
 
@@ -137,11 +138,10 @@ void rope_token(const RopeCall& t, int64_t b, int64_t s) {
 }
 
 inline int rope(const RopeCall& t) {
-#pragma omp parallel for num_threads(t.threads) if (t.threads > 1 && t.tokens > 8)
-  for (int64_t i = 0; i < t.batch * t.tokens; ++i) {
+  parallel::static_for(t.tokens > 8 ? t.threads : 1, t.batch * t.tokens, [&](int64_t i) {
     const int64_t b = i / t.tokens, s = i % t.tokens;
     t.bf16 ? rope_token<uint16_t>(t, b, s) : rope_token<float>(t, b, s);
-  }
+  });
   return 0;
 }
 
@@ -169,9 +169,9 @@ void activate_row(const ActivationCall& a, int64_t row) {
 inline int activate(const ActivationCall& a) {
   const bool known = choose(a.kind, [&](auto act) {
     constexpr Activation A = decltype(act)::value;
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && a.rows > 8)
-    for (int64_t row = 0; row < a.rows; ++row)
+    parallel::static_for(a.rows > 8 ? a.threads : 1, a.rows, [&](int64_t row) {
       a.bf16 ? activate_row<uint16_t, A>(a, row) : activate_row<float, A>(a, row);
+    });
   });
   return !known;
 }

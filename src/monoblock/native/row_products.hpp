@@ -10,7 +10,7 @@ constexpr int64_t ROWS_BYTES = 256 << 10;  // inputs that are multiplied by a ch
 inline void place_rows(const Matrix& m, const float* x, int64_t ldx, Prepared& p) {
   p.padded = round_up(m.inputs, RUN), p.blocks = blocks_of(m);
   p.x = x, p.ldx = ldx;
-#if !defined(__AVX512VNNI__)
+#if !defined(MB_INT8_DOT)
   if ((m.format == INT8 || m.format == INT4) && m.inputs != p.padded) p.x = p.f, p.ldx = p.padded;
 #endif
 }
@@ -20,14 +20,14 @@ inline void place_rows(const Matrix& m, const float* x, int64_t ldx, Prepared& p
 inline void prepare_row(const Matrix& m, const float* x, int64_t ldx, int64_t row, Prepared& p) {
   const float* from = x + row * ldx;
   if (m.format == BF16 || m.format == LOSSLESS) {
-#if defined(__AVX512BF16__)
+#if defined(MB_BF16_DOT)
     round_to_bf16(from, m.inputs, p.bf + row * p.padded, p.padded);
 #else
     deinterleave(from, m.inputs, p.f + row * p.padded, p.padded);
 #endif
   }
   if (m.format != INT8 && m.format != INT4) return;
-#if defined(__AVX512VNNI__)
+#if defined(MB_INT8_DOT)
   quantise_row(from, row, m, p);
 #else
   if (p.x != x) pad(from, m.inputs, p.f + row * p.padded, p.padded);
@@ -62,8 +62,8 @@ inline void over_rows(const Matrix& m, const Prepared& x, int64_t rows, float* y
 // y[row * ldy + output] for all rows, which `prepare_row` has prepared, and the outputs [first, last), on the calling thread.
 inline void multiply_rows(const Matrix& m, const Prepared& x, int64_t rows, float* y, int64_t ldy, int64_t first,
                           int64_t last) {
-  constexpr int R = LANES == 16 ? 4 : 2;
-#if defined(__AVX512BF16__)
+  constexpr int R = REGISTERS == 32 ? 4 : 2;
+#if defined(MB_BF16_DOT)
   typedef PairTile Bfloat;
   constexpr int PAIRS = 6;
 #else
@@ -71,7 +71,7 @@ inline void multiply_rows(const Matrix& m, const Prepared& x, int64_t rows, floa
   constexpr int PAIRS = 4;
 #endif
   switch (m.format) {
-    case F32: return over_rows<FloatTile, R, LANES == 16 ? 6 : 4>(m, x, rows, y, ldy, first, last);
+    case F32: return over_rows<FloatTile, R, REGISTERS == 32 ? 6 : 4>(m, x, rows, y, ldy, first, last);
     case BF16: return over_rows<Bfloat, R, PAIRS>(m, x, rows, y, ldy, first, last);
     case LOSSLESS: return over_rows<LosslessTile<Bfloat>, R, 4>(m, x, rows, y, ldy, first, last);
     case INT8: return over_rows<CodeTile<INT8>, R, 4>(m, x, rows, y, ldy, first, last);

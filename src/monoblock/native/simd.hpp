@@ -10,6 +10,20 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#if defined(__ARM_FEATURE_SVE_BITS) && __ARM_FEATURE_SVE_BITS == 256
+#include <arm_sve.h>
+#define MB_SVE
+#endif
+
+// Dot products of 8-bit integers, and of pairs of bf16; with each goes a GEMM for many rows of inputs.
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+#define MB_INT8_DOT
+#endif
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define MB_BF16_DOT
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -19,10 +33,17 @@ namespace matrices {
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(MB_SVE)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
+#endif
+
+// Vector registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
 #endif
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -59,12 +80,22 @@ INLINE To bits(From from) {
   return to;
 }
 
+}  // namespace matrices
+
+#if defined(__aarch64__)
+#include "arm_simd.hpp"
+#endif
+
+namespace matrices {
+
 // Conversions between sizes of integers. GCC 12 compiles them to several instructions, or goes through the lanes one by one.
 INLINE Words widen(Bytes v) {
 #if defined(__AVX512F__)
   return (Words)_mm512_cvtepu8_epi32((__m128i)v);
 #elif defined(__AVX2__)
   return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)v));
+#elif defined(__aarch64__)
+  return arm::widen(v);
 #else
   return __builtin_convertvector(v, Words);
 #endif
@@ -75,6 +106,8 @@ INLINE Words widen(Halves v) {
   return (Words)_mm512_cvtepu16_epi32((__m256i)v);
 #elif defined(__AVX2__)
   return (Words)_mm256_cvtepu16_epi32((__m128i)v);
+#elif defined(__aarch64__)
+  return arm::widen(v);
 #else
   return __builtin_convertvector(v, Words);
 #endif
@@ -97,6 +130,8 @@ INLINE void store_narrow(int8_t* to, Ints v) {
 #elif defined(__AVX2__)
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(words, words));
+#elif defined(__aarch64__)
+  arm::store_narrow(to, v);
 #else
   store(to, __builtin_convertvector(v, SignedBytes));
 #endif
@@ -107,6 +142,8 @@ INLINE void store_narrow(int16_t* to, Ints v) {
   store(to, _mm512_cvtepi32_epi16((__m512i)v));
 #elif defined(__AVX2__)
   store(to, _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1)));
+#elif defined(__aarch64__)
+  arm::store_narrow(to, v);
 #else
   store(to, __builtin_convertvector(v, HalfInts));
 #endif
@@ -118,6 +155,8 @@ template <class Vector>
 INLINE Vector in_register(Vector v) {
 #if defined(__AVX2__)
   asm("" : "+v"(v));
+#elif defined(__aarch64__) && !(defined(MB_SVE) && defined(__clang__))
+  asm("" : "+w"(v));
 #endif
   return v;
 }
@@ -176,10 +215,17 @@ INLINE uint16_t to_bf16(float v) {
 }
 
 INLINE Halves to_bf16(Floats v) {
+#if defined(__aarch64__) && defined(MB_BF16_DOT)
+  return arm::to_bf16(v);
+#endif
   Words u = bits<Words>(v);
   Words rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
   Words nan = bits<Words>((u & 0x7fffffffu) > 0x7f800000u);
+#if defined(__aarch64__)
+  return arm::narrow((nan & (u >> 16 | 0x40u)) | (~nan & rounded));
+#else
   return __builtin_convertvector((nan & (u >> 16 | 0x40u)) | (~nan & rounded), Halves);
+#endif
 }
 
 // Loads and stores of float or bf16: a vector (read, write) or one element (read1, write1).
@@ -200,9 +246,23 @@ INLINE void write1(uint16_t* to, float x) { *to = to_bf16(x); }
 
 // IEEE half precision to float: exponent and mantissa are shifted into place, and the factor 2^112 corrects the exponent bias.
 INLINE float from_half(uint16_t v) {
+#if defined(__aarch64__)
+  return float(bits<__fp16>(v));
+#endif
   float size = bits<float>(uint32_t(v & 0x7fff) << 13) * 0x1p112f;
   return bits<float>(bits<uint32_t>(size) | uint32_t(v & 0x8000) << 16);
 }
+
+#if defined(MB_BF16_DOT)
+// sums + a * b of pairs of bf16, two to a lane.
+INLINE Floats dot_pairs(Floats sums, Shorts a, Shorts b) {
+#if defined(__AVX512BF16__)
+  return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+  return arm::dot_pairs(sums, a, b);
+#endif
+}
+#endif
 
 // Rounds to the nearest integer, ties to even, for |v| < 2^22: the sum has no bits left for a fraction. The result is
 // arbitrary for other values and NaN; the subtraction is unsigned because they would overflow.

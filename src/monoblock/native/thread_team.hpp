@@ -13,6 +13,8 @@
 #include <omp.h>
 #endif
 
+#include "thread_pool.hpp"
+
 namespace decode {
 
 // A thread at the barrier spins this many times, about as long as a phase takes, before it yields its core: the thread that
@@ -26,6 +28,8 @@ constexpr int IDLE_CALLS = 16;
 inline void spin(int spins) {
 #if defined(__x86_64__)
   if (spins < SPINS) return __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  if (spins < SPINS) return (void)({ asm volatile("yield"); });
 #endif
 #if defined(__unix__) || defined(__APPLE__)
   if (spins >= SPINS) sched_yield();
@@ -57,7 +61,7 @@ class ThreadTeam {
   // The number of threads; valid in `run`.
   int64_t threads() const { return size; }
 
-  // Runs `work(thread)` on `threads` threads, or on fewer if OpenMP provides fewer.
+  // Runs `work(thread)` on `threads` threads, or on fewer if there are fewer.
   template <class F>
   void run(int threads, F work) {
 #if defined(_OPENMP)
@@ -71,8 +75,11 @@ class ThreadTeam {
       work(omp_get_thread_num());
     }
 #else
-    (void)threads;
-    work(0);
+    const auto prepare = [&](int count) {
+      size = count;
+      ranges = std::vector<Range>(size);
+    };
+    ThreadPool::get().run(threads, prepare, work);
 #endif
   }
 

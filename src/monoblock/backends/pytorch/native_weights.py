@@ -199,8 +199,6 @@ def library_obstacle(model: ModelBase) -> str | None:
     """Why the library cannot run any model here; None if it can."""
     if native.library() is None:
         return f"there are no native kernels ({native.status()})"
-    if native.preferred(torch.get_num_threads()) is None:
-        return f"PyTorch has {torch.get_num_threads()} threads and the native kernels one ({native.status()})"
     if (device := model.device.type) != "cpu":
         return f"device {device}"
     return sharding_obstacle(model)

@@ -21,9 +21,7 @@ all that the core can read is 40 GB/s, and two cores together 50 to 80):
     CPU, bfloat16, AMX             the native kernels up to 64 rows: at 8 and 32 rows 1.6 and 1.8 times F.linear (one
                                    core of a Xeon, Emerald Rapids), which is 1.25 times as fast at 256
     CPU, quantised, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
-                                   Without AVX-512 VNNI or BF16 more than 16 rows are dequantised. Also where the
-                                   kernels were built without OpenMP and have one thread: PyTorch would dequantise
-                                   the whole matrix for each product
+                                   Without dot products of integers more than 16 rows are dequantised
     otherwise                      F.linear
 """
 
@@ -97,10 +95,9 @@ def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Te
         else:
             own = size <= FEW_OF[x.dtype] * inputs or _by_pairs(x, inputs)
         own &= size > 0 and weight.is_contiguous() and _bias_fits(bias, weight.shape[0])
-        threads = torch.get_num_threads()
-        if own and native.preferred(threads) is not None:
+        if own and native.library() is not None:
             form, rows = str(x.dtype).removeprefix("torch."), size // inputs
-            if rows > FEW or not tuning.loses(form, rows, threads):
+            if rows > FEW or not tuning.loses(form, rows, torch.get_num_threads()):
                 return _native
         if ONEDNN and size and x.dtype == torch.float32 and weight.numel():
             return _onednn

@@ -23,8 +23,7 @@ _DTYPES = {torch.float32, torch.bfloat16}
 
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the kernels are available and support these tensors: of one supported dtype, plain and eager."""
-    # This order, because torch.compile cannot trace the number of threads.
-    if LIBRARY is None or not dispatch.native(*tensors) or native.preferred(torch.get_num_threads()) is None:
+    if LIBRARY is None or not dispatch.native(*tensors):
         return False
     dtypes = {x.dtype for x in tensors if x is not None}
     return len(dtypes) == 1 and dtypes <= _DTYPES
