@@ -53,11 +53,14 @@ def _unrounded() -> Any:
     """The library whose steps never round the inputs of bfloat16 weights.
 
     At the levels with dot products of bfloat16, those of one token do not, but those of several do
-    (`native/prepare_inputs.hpp`). The level below adds in the same order and rounds neither.
+    (`native/prepare_inputs.hpp`). The level below adds in the same order and rounds neither; for `sve256`, whose
+    vectors are longer, in another order.
     """
-    if native.level() in native.DOT_PRODUCTS:
-        found, level, _ = native.choose("avx512")
-        if level == "avx512":
+    unrounded = {"avx512_vnni_bf16": "avx512", "avx512_amx": "avx512"}
+    unrounded |= dict.fromkeys(("neon_i8mm_bf16", "sve256"), "neon_dotprod")
+    if (wanted := unrounded.get(native.level() or "")) is not None:
+        found, level, _ = native.choose(wanted)
+        if level == wanted:
             return found
     return native.library()
 
