@@ -70,9 +70,7 @@ def run(generation: GenerationRun) -> Any:
         if isinstance(source, RuledDrafts) and len(ids) > start + 1:
             source.stepped(draft, accepted_tokens)
         draft = source.propose(ids, min(left - 1, LONGEST_DRAFT))
-        scores_1kv = decoder.extend(
-            ops.array([[ids[-1], *draft.tokens]]) if draft.tokens else token_1[:, None]
-        )
+        scores_1kv = decoder.extend(ops.array([[ids[-1], *draft.tokens]]))
 
 
 def _check(generation: GenerationRun) -> None:
