@@ -91,6 +91,10 @@ FULL = (
     Group("mistral-1b", "bfloat16", ALL, (_prefill(2048, 3), _prefill(8192, 2)), 600, accuracy=False),
     Group("mistral-1b", "int8", ALL, (_prefill(2048, 3),), 200, accuracy=False),
     Group("mistral-1b", "int4", ALL, (_prefill(2048, 3),), 200, accuracy=False),
+    *(
+        Group("mistral-1b", form, ALL, (_decode(16, 3), _decode(32, 2), _decode(64, 2)), 300, accuracy=False)
+        for form in ("bfloat16", "int8", "int4")
+    ),
     Group("gpt-neo-125m", "float32", HUB, (Measure("train", 512, 3),), 200, accuracy=False),
     Group("gpt-neo-125m", "bfloat16", HUB, (Measure("train", 512, 3),), 200, accuracy=False),
 )

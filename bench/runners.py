@@ -231,7 +231,7 @@ class Process:
 
 
 class LlamaBench:
-    """llama.cpp through llama-bench, one run for each figure; it supports batch size 1 only."""
+    """llama.cpp through llama-bench, or through llama-batched-bench beside it for batches; one run for each figure."""
 
     def __init__(self, tools: Tools) -> None:
         assert tools.llama_bench
@@ -264,11 +264,27 @@ class LlamaBench:
         return {"seconds": row["avg_ns"] / 1e9, "MB": peak / 1e6}
 
     def decode(self, batch: int, prompt: int, new: int, vocab: int, seed: int) -> float:
-        """Seconds of `new` tokens after a prompt."""
+        """Seconds of `new` tokens per sequence after a prompt."""
         del vocab, seed
         if batch > 1:
-            raise Failed("llama-bench has no batches")
+            return self._batch(batch, prompt, new)
         return self._run("-p", "0", "-n", str(new), "-d", str(prompt))[0]["avg_ns"] / 1e9
+
+    def _batch(self, batch: int, prompt: int, new: int) -> float:
+        assert self.tools.llama_bench
+        program = Path(self.tools.llama_bench).with_name("llama-batched-bench")
+        if not program.is_file():
+            raise Failed(f"there is no {program.name} beside llama-bench, for batches")
+        sizes = {"-npp": prompt, "-ntg": new, "-npl": batch, "-c": batch * (prompt + new)}
+        settings = {**sizes, "-t": self.tools.threads, "-tb": self.tools.threads}
+        options = [word for name, value in settings.items() for word in (name, str(value))]
+        time.sleep(PAUSE)
+        command = [str(program), "-m", self.model, *options, "--output-format", "jsonl"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        if done.returncode or not rows:
+            raise Failed(f"{program.name}: {_last_line(done.stderr)}")
+        return rows[-1]["t_tg"]
 
     def _run(self, *options: str) -> tuple[dict[str, Any], int]:
         """The row of the output, and the peak memory of the process in bytes."""
