@@ -28,7 +28,7 @@ class Two(Processes):
 
 
 class Future:
-    """Files that are written when the test says so."""
+    """A save in the background, which is done when the test sets `ready`."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.ready, self.error = False, error
