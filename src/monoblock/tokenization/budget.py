@@ -286,6 +286,13 @@ def _grouped(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
         _limited(len(args[0]), 2**18, "groups of a sequence")
 
 
+def _sorted(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """As `_grouped`: all items are there before the first is compared."""
+    _collected(run, args, kwargs)
+    if args:
+        _limited(len(args[0]), 2**18, "a list to sort,")
+
+
 def _joined(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
     _collected(run, args, kwargs)
     separator = run.text(_argument(args, kwargs, 1, "d") or "")
@@ -366,7 +373,8 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("safe", "string", "trim", "truncate", "upper", "random", "filesizeformat"), _unlimited),
     **dict.fromkeys(("list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr"), _iterated),
-    **dict.fromkeys(("sort", "sum", "unique"), _iterated),
+    **dict.fromkeys(("sum", "unique"), _iterated),
+    "sort": _sorted,
     "groupby": _grouped,
     "batch": _filled,
     "slice": _filled,
