@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from monoblock import native
@@ -53,14 +52,16 @@ def describe() -> dict[str, Any]:
     frameworks = {
         name: {p: v for p in packages if (v := _version(p))} or None for name, packages in FRAMEWORKS.items()
     }
+    fields = tuning.cpu_fields()
+    units = (fields.get("flags") or fields.get("Features") or "").split()
     return {
         "monoblock": _version("monoblock"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **frameworks,
         **{name: _version(name) for name in PACKAGES},
-        "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
-        "cpu_units": [unit for unit in CPU_UNITS if unit in _cpu_units()],
+        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cpu_units": [unit for unit in CPU_UNITS if unit in units],
         "native_kernels": native.status(),
         "native_plans": _plans(),
         "threads": _threads(),
@@ -103,19 +104,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_info(name: str) -> str:
-    """A field of the first CPU in /proc/cpuinfo; empty on systems other than Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == name), "")
-
-
-def _cpu_units() -> set[str]:
-    return set((_cpu_info("flags") or _cpu_info("Features")).split())
 
 
 def _threads() -> int:

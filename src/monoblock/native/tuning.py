@@ -310,21 +310,28 @@ def machine(level: str | None, threads: int) -> dict[str, Any]:
     }
 
 
+def cpu_fields() -> dict[str, str]:
+    """The fields of the first CPU in /proc/cpuinfo; none on systems other than Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    fields = dict[str, str]()
+    for line in lines:
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    return fields
+
+
 def cpu_name() -> str:
     """The CPU's model."""
     import platform
 
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        fields = dict[str, str]()
-        for line in lines:
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-        # Clouds give several models one name.
-        names = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
-        if found := [fields[name] for name in names if name in fields]:
-            return " ".join(found)
-    return platform.processor() or platform.machine()
+    fields = cpu_fields()
+    # Clouds give several models one name.
+    names = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
+    found = [fields[name] for name in names if name in fields]
+    return " ".join(found) or platform.processor() or platform.machine()
 
 
 def path_of(here: Mapping[str, Any]) -> Path:

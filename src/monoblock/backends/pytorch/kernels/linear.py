@@ -50,7 +50,8 @@ FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}  # for unquantised weights
 FEW_BY_AMX = 64
 # Weights that are dequantised at a time: they stay in the CPU's caches, in reused memory.
 BLOCK = 1 << 22
-FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+FORMATS = {dtype: native.FORMATS[name] for dtype, name in NAMES.items()}
 QUANTIZED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"], LOSSLESS: native.FORMATS["lossless"]}
 
 # On other architectures PyTorch is built with libraries for the processor.
@@ -96,8 +97,8 @@ def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Te
             own = size <= FEW_OF[x.dtype] * inputs or _by_pairs(x, inputs)
         own &= size > 0 and weight.is_contiguous() and _bias_fits(bias, weight.shape[0])
         if own and native.library() is not None:
-            form, rows = str(x.dtype).removeprefix("torch."), size // inputs
-            if rows > FEW or not tuning.loses(form, rows, torch.get_num_threads()):
+            rows = size // inputs
+            if rows > FEW or not tuning.loses(NAMES[x.dtype], rows, torch.get_num_threads()):
                 return _native
         if ONEDNN and size and x.dtype == torch.float32 and weight.numel():
             return _onednn
