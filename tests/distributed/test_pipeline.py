@@ -16,10 +16,11 @@ from serving_models import (  # pyright: ignore[reportMissingImports]
     model,
     prompt_of,
     run,
+    together,
 )
 from test_generate_command import generate
 from test_serve_command import served  # pyright: ignore[reportMissingImports]
-from test_serve_sharded import GREEDY, LONG, OPTIONS, SAMPLED, saved, together
+from test_serve_sharded import GREEDY, LONG, OPTIONS, SAMPLED, saved
 
 from monoblock import LLM, SamplingParams
 from monoblock.serving.engine import loading

@@ -25,6 +25,7 @@ from serving_models import (  # pyright: ignore[reportMissingImports]
     model,
     prompt_of,
     run,
+    together,
     tokenizer,
 )
 from test_serve_command import Served, refused, served  # pyright: ignore[reportMissingImports]
@@ -52,17 +53,6 @@ def saved(name: str, folder: Path) -> Path:
 
 def sharded(folder: Path, **options: Any) -> Engine:
     return load_engine(str(folder), options=OPTIONS, device="cpu", tensor_parallel=2, **options)
-
-
-def together(core: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
-    """The results of requests that are computed at once, of which some begin later."""
-    answers = [Answer(one) for one in params]
-    for prompt, one, answer in zip(prompts, params, answers, strict=True):
-        core.add(prompt, one, sink=answer)
-        core.step()
-    while core.step():
-        pass
-    return [answer.result for answer in answers]
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -93,3 +93,14 @@ def run(core: Engine, prompt: list[int], params: SamplingParams) -> Answer:
 
 def prompt_of(rng: np.random.Generator, length: int) -> list[int]:
     return rng.integers(0, len(tokenizer()) - 1, length).tolist()
+
+
+def together(core: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
+    """The results of requests that are computed at once, of which some begin later."""
+    answers = [Answer(one) for one in params]
+    for prompt, one, answer in zip(prompts, params, answers, strict=True):
+        core.add(prompt, one, sink=answer)
+        core.step()
+    while core.step():
+        pass
+    return [answer.result for answer in answers]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving_models import CLASSES, Answer, engine, model, prompt_of, run, tokenizer
+from serving_models import CLASSES, engine, model, prompt_of, run, together, tokenizer
 
 from monoblock import LLM, SamplingParams
 from monoblock.backends.pytorch.engine_adapter import ModuleRunner
@@ -44,13 +44,7 @@ def test_sequences_in_one_pass_have_the_tokens_that_they_have_alone(name: str) -
     alone = [run(engine(name), prompt, one) for prompt, one in zip(prompts, params, strict=True)]
     runner = DraftingRunner(model(name))
     core = Engine(model(name), tokenizer(), runner)
-    answers = [Answer(one) for one in params]
-    for prompt, one, answer in zip(prompts, params, answers, strict=True):
-        core.add(prompt, one, sink=answer)
-        core.step()
-    while core.step():
-        pass
-    assert [answer.result for answer in answers] == [answer.result for answer in alone]
+    assert together(core, prompts, params) == [answer.result for answer in alone]
     assert max(runner.sizes) == 4 and not runner._caches
 
 
