@@ -167,7 +167,7 @@ inline void packed_rows(const Matrix& m, const PackedPanel& w, int64_t first, co
 
 // The same, after packing the panel.
 inline void int8_panel(const Matrix& m, const PackedPanel& w, int64_t first, const Prepared& p, int64_t rows, void* y,
-                       int32_t y_format, int64_t ldy) {
+                       int32_t y_format, int64_t ldy, WeightPrefetch = {}) {
   pack_panel(m, first, w);
   packed_rows(m, w, first, p, rows, y, y_format, ldy);
 }

@@ -29,11 +29,6 @@ struct PackedBlock {
   }
 };
 
-// Prefetch of the rows [first, first + PANEL), as far as the matrix has them.
-inline WeightPrefetch panel_prefetch(const Matrix& m, int64_t first) {
-  return WeightPrefetch(m, first, first + PANEL < m.outputs ? first + PANEL : m.outputs);
-}
-
 // Packs the weights [k, k + count) of the rows [first, first + PANEL); the last row stands in for rows beyond the end.
 inline void pack_k_block(const Matrix& m, int64_t first, int64_t k, int64_t count, const PackedBlock& to) {
   for (int side = 0; side < ACROSS; ++side) {
@@ -119,7 +114,7 @@ inline void bf16_panel(const Matrix& m, const PackedBlock& w, int64_t first, int
                          int64_t ldx, int64_t rows, char* y, int32_t y_format, int64_t ldy) {
   const int64_t k_blocks = (m.inputs + K_BLOCK - 1) / K_BLOCK;
   const int64_t each = round_up((m.inputs + k_blocks - 1) / k_blocks, RUN);
-  WeightPrefetch prefetch = panel_prefetch(m, next);
+  WeightPrefetch prefetch = row_prefetch(m, next, PANEL);
   for (int64_t row = 0; row < rows; row += ROW_BLOCK) {
     const int64_t count = rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK;
     for (int64_t k = 0; k < m.inputs; k += each) {

@@ -11,9 +11,12 @@
 
 namespace matrices {
 
-// Rows of weights of a tile: its sums, R * T vectors, must stay in registers.
-template <int STREAMS, int T>
+// Rows of weights of a tile: its sums, R * T vectors, must stay in registers. With VNNI, codes of all rows share T sums.
+template <class Tile, int STREAMS, int T>
 constexpr int rows_of() {
+#if defined(__AVX512VNNI__)
+  if (Tile::FORMAT == INT8 || Tile::FORMAT == INT4) return STREAMS;
+#endif
   if (STREAMS == 3) return REGISTERS == 32 || T <= 4 ? 3 : 1;
   constexpr int fit = REGISTERS == 32 ? (T <= 4 ? 4 : 2) : (T <= 2 ? 4 : T <= 4 ? 2 : 1);
   return fit < STREAMS ? fit : STREAMS;
@@ -64,14 +67,15 @@ struct BfloatTile {
                          float (&out)[R][T]) {
     constexpr int STEP = 2 * LANES;
     const uint16_t* w = (const uint16_t*)m.data + output * m.inputs;
-    const auto* x = Tile::inputs(p) + row * p.padded;
+    const int64_t ldx = Tile::stride(p);
+    const auto* x = Tile::inputs(p) + row * ldx;
     Floats sums[R][T] = {};
     int64_t k = 0;
-    for (; k + STEP <= m.inputs; k += STEP) step<HINT, R, T>(w + k, gap * m.inputs, x + k, p.padded, ahead, sums);
+    for (; k + STEP <= m.inputs; k += STEP) step<HINT, R, T>(w + k, gap * m.inputs, x + k, ldx, ahead, sums);
     if (int64_t rest = m.inputs - k) {
       uint16_t last[R][STEP] = {};
       for (int r = 0; r < R; ++r) memcpy(last[r], w + r * gap * m.inputs + k, rest * 2);
-      step<HINT, R, T>(last[0], STEP, x + k, p.padded, ahead, sums);
+      step<HINT, R, T>(last[0], STEP, x + k, ldx, ahead, sums);
     }
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
   }
@@ -89,6 +93,7 @@ struct BfloatTile {
 // the even columns are multiplied by one vector of inputs, the odd ones by the next.
 struct WideTile : BfloatTile<WideTile> {
   static INLINE const float* inputs(const Prepared& p) { return p.f; }
+  static INLINE int64_t stride(const Prepared& p) { return p.padded; }
 
   template <int R, int T>
   static INLINE void multiply(const Shorts (&weights)[R], const float* x, int64_t ldx, Floats (&sums)[R][T]) {
@@ -107,6 +112,7 @@ struct WideTile : BfloatTile<WideTile> {
 // bf16 inputs: one instruction (VDPBF16PS, BFDOT) multiplies LANES pairs and adds them in pairs to LANES floats.
 struct PairTile : BfloatTile<PairTile> {
   static INLINE const uint16_t* inputs(const Prepared& p) { return p.bf; }
+  static INLINE int64_t stride(const Prepared& p) { return p.bf_stride(); }
 
   template <int R, int T>
   static INLINE void multiply(const Shorts (&weights)[R], const uint16_t* x, int64_t ldx, Floats (&sums)[R][T]) {
@@ -122,13 +128,15 @@ struct PairTile : BfloatTile<PairTile> {
 #if defined(__AVX512VNNI__)
 // Quantised weights with int8 inputs: one instruction (VPDPBUSD) multiplies 64 codes by 64 inputs and adds them in fours to
 // 16 integers. With x = q * q_scale in a group,
-//   sum(w x) = scale * q_scale * sum(code * q) + low * q_scale * sum(q),   where low is -128 * scale if INT8 has none.
-// With groups of 32 or 16, a vector of 64 products has several groups, each in some of its lanes.
+//   sum(w x) = scale * q_scale * sum((code - middle) * q) + low * q_scale * sum(q),
+// where the middle is 128 for INT8 and 0 for INT4, and `low` is the weight of that code (0 for INT8 without `low`).
+//
+// The integer sum of a group is exact. Groups are added to four sums, group g to sum g % 4, and the four in pairs at the end.
+// gemm_int8.hpp adds in the same order: a row's result has the same bits for any number of rows.
 template <int32_t CODES>
 struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
-  typedef uint8_t Codes __attribute__((vector_size(64)));
-  static constexpr int PANEL = 64;  // groups whose scales are converted at once
+  static constexpr int SETS = 4;            // groups of a row whose sums are found together
   static constexpr int SCALES_AHEAD = 128;  // elements; hardware prefetchers do not follow so few bytes a row
 
   template <Hint HINT, int R, int T>
@@ -144,97 +152,236 @@ struct CodeTile {
 
   template <Hint HINT, int R, int T, int GROUP>
   static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
-                         float (&out)[R][T]) {
-    constexpr int EACH = RUN / GROUP;
+                            float (&out)[R][T]) {
+    const int64_t groups = p.padded / GROUP;
+    Floats sums[T] = {};  // lane 4 * r + g % 4 belongs to row r of the weights
+    int64_t g = 0;
+    for (; g + SETS <= groups; g += SETS) add_groups<HINT, R, T, GROUP, true>(m, p, output, gap, row, ahead, g, SETS, sums);
+    if (GROUP >= 64 && g < groups)
+      add_groups<HINT, R, T, GROUP, false>(m, p, output, gap, row, ahead, g, int(groups - g), sums);
+    UNROLL for (int t = 0; t < T; ++t) {
+      const Floats pairs = sums[t] + (Floats)_mm512_permute_ps((__m512)sums[t], 0x4e);
+      const Floats all = pairs + (Floats)_mm512_permute_ps((__m512)pairs, 0xb1);
+      UNROLL for (int r = 0; r < R; ++r) out[r][t] = all[4 * r];
+    }
+  }
+
+  // sums += the products of the groups [g, g + count); WHOLE: count is SETS.
+  template <Hint HINT, int R, int T, int GROUP, bool WHOLE>
+  static INLINE void add_groups(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
+                                int64_t g, int count, Floats (&sums)[T]) {
+    constexpr int VECTORS = SETS * GROUP / 64, TOKENS = T < 2 ? T : 2;
     const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2, groups = p.padded / GROUP;
     const uint8_t* w = (const uint8_t*)m.data + output * bytes;
-    const int8_t* x = p.q + row * p.padded;
-    Floats sums[R][T] = {};
-    for (int64_t first = 0; first < groups; first += PANEL) {
-      const int count = groups - first < PANEL ? int(groups - first) : PANEL;
-      float scales[R][T][PANEL];
-      scale<R, T>(m, p, output, gap, row, first, count, scales, sums);
-      for (int g = 0; g < count; g += EACH) {
-        const int64_t k = (first + g) * GROUP;
-        Codes codes[R][2];
-        UNROLL for (int r = 0; r < R; ++r)
-          unpack<HINT>(w + r * gap * bytes + (FORMAT == INT8 ? k : k / 2), ahead, codes[r]);
-        UNROLL for (int t = 0; t < T; ++t) {
-          const int8_t* q = x + t * p.padded + k;
-          const __m512i low = _mm512_loadu_si512(q), high = _mm512_loadu_si512(q + 64), none = {};
-          UNROLL for (int r = 0; r < R; ++r) {
-            __m512i a = _mm512_dpbusd_epi32(none, (__m512i)codes[r][0], low);
-            __m512i b = _mm512_dpbusd_epi32(EACH == 1 ? a : none, (__m512i)codes[r][1], high);
-            const float* own = scales[r][t] + g;
-            if (EACH > 1) sums[r][t] += floats(a) * by_lane<GROUP>(own);
-            sums[r][t] += floats(b) * by_lane<GROUP>(own + EACH / 2);
-          }
-        }
+    const Floats scale = by_row<R, WHOLE>(m, m.scale, output * groups + g, gap * groups, count);
+    Floats low = {};
+    if (m.low) {
+      low = by_row<R, WHOLE>(m, m.low, output * groups + g, gap * groups, count);
+      if (FORMAT == INT8) low += scale * 128.0f;
+    }
+    const Stored<HINT> stored = {w, gap * bytes, g * GROUP / 64, ahead};
+    if constexpr (FORMAT == INT8 || T == 1) {
+      add_rows<R, TOKENS, GROUP, WHOLE>(stored, m, p, row, g, count, scale, low, sums);
+      if constexpr (T > 2) {
+        const Stored<HINT, false> again = {w, gap * bytes, g * GROUP / 64, ahead};
+        add_rest<R, T, TOKENS, GROUP, WHOLE>(again, m, p, row, g, count, scale, low, sums);
       }
-    }
-    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
-  }
-
-  static INLINE Floats floats(__m512i v) { return __builtin_convertvector((Ints)v, Floats); }
-
-  // The scales of the groups of 64 products, in the lanes of their sums.
-  template <int GROUP>
-  static INLINE Floats by_lane(const float* scales) {
-    if constexpr (GROUP >= 64) {
-      return all(*scales);
-    } else if constexpr (GROUP == 32) {
-      const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-      const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)scales));
-      return (Floats)_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(two));
     } else {
-      const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-      return (Floats)_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
+      alignas(64) uint8_t unpacked[R * VECTORS * 64];
+      UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int i = 0; i < VECTORS; ++i)
+          if (WHOLE || i < count * GROUP / 64) _mm512_store_si512(unpacked + (r * VECTORS + i) * 64, stored.at(r, i));
+      add_rest<R, T, 0, GROUP, WHOLE>(Unpacked<VECTORS>{unpacked}, m, p, row, g, count, scale, low, sums);
     }
   }
 
-  // The codes of 128 weights.
-  template <Hint HINT>
-  static INLINE void unpack(const uint8_t* from, int64_t ahead, Codes (&codes)[2]) {
-    codes[0] = load<Codes>(from);
-    prefetch_ahead<HINT>(from, ahead);
-    if (FORMAT == INT8) {
-      codes[1] = load<Codes>(from + 64);
-      prefetch_ahead<HINT>(from + 64, ahead);
-    } else {
-      codes[1] = codes[0] >> 4;
-      codes[0] &= 15;
+  // `add_rows` for the rows of inputs from BEGIN on, two at a time.
+  template <int R, int T, int BEGIN, int GROUP, bool WHOLE, class Codes>
+  static INLINE void add_rest(const Codes& codes, const Matrix& m, const Prepared& p, int row, int64_t g, int count,
+                              Floats scale, Floats low, Floats (&sums)[T]) {
+    if constexpr (BEGIN + 2 <= T) {
+      add_rows<R, 2, GROUP, WHOLE>(codes, m, p, row + BEGIN, g, count, scale, low, sums + BEGIN);
+      add_rest<R, T, BEGIN + 2, GROUP, WHOLE>(codes, m, p, row, g, count, scale, low, sums);
+    } else if constexpr (BEGIN < T) {
+      add_rows<R, 1, GROUP, WHOLE>(codes, m, p, row + BEGIN, g, count, scale, low, sums + BEGIN);
     }
   }
 
-  // scales = scale * q_scale of each group; sums += the terms of `low`.
-  template <int R, int T>
-  static INLINE void scale(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t first,
-                           int count, float (&scales)[R][T][PANEL], Floats (&sums)[R][T]) {
-    const int64_t groups = groups_of(m);
-    for (int g = 0; g < count; g += LANES)
-      UNROLL for (int r = 0; r < R; ++r) {
-        const int64_t at = (output + r * gap) * groups + first + g;
-        Floats scale = values(m, m.scale, at, count - g);
-        Floats low = FORMAT == INT8 && !m.low ? scale * -128.0f : values(m, m.low, at, count - g);
-        UNROLL for (int t = 0; t < T; ++t) {
-          const int64_t own = (row + t) * p.blocks + first + g;
-          store(scales[r][t] + g, scale * load<Floats>(p.q_scale + own));
-          sums[r][t] += low * load<Floats>(p.q_sum + own);
-        }
+  // sums += the products of R rows of codes and T rows of inputs.
+  template <int R, int T, int GROUP, bool WHOLE, class Codes>
+  static INLINE void add_rows(const Codes& codes, const Matrix& m, const Prepared& p, int row, int64_t g, int count,
+                              Floats scale, Floats low, Floats* sums) {
+    Ints dots[T];
+    integer_sums<R, T, GROUP, WHOLE>(codes, p.q + row * p.padded + g * GROUP, p.padded, count, dots);
+    UNROLL for (int t = 0; t < T; ++t) {
+      const int64_t own = (row + t) * p.blocks + g;
+      if (FORMAT == INT8) dots[t] -= (Ints)_mm512_broadcast_i32x4(load<__m128i>(p.q_total + own)) << 7;
+      const Floats factor = scale * (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p.q_scale + own));
+      sums[t] = fused(__builtin_convertvector(dots[t], Floats), factor, sums[t]);
+      if (m.low) sums[t] = fused(low, (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p.q_sum + own)), sums[t]);
+    }
+  }
+
+  // Vectors of 64 codes of R rows, from vector `start` of each row on; `apart`: bytes between rows.
+  template <Hint HINT, bool PREFETCH = true>
+  struct Stored {
+    const uint8_t* rows;
+    int64_t apart, start, ahead;
+
+    INLINE __m512i at(int r, int i) const {
+      const uint8_t* from = rows + r * apart + (FORMAT == INT8 ? start + i : (start + i) / 2) * 64;
+      if (PREFETCH && (FORMAT == INT8 || i % 2 == 0)) prefetch_ahead<HINT>(from, ahead);
+      const __m512i codes = _mm512_loadu_si512(from);
+      if (FORMAT == INT8) return codes;
+      // The low nibbles of 64 bytes are one vector, the high nibbles the next.
+      return _mm512_and_si512((start + i) % 2 ? _mm512_srli_epi16(codes, 4) : codes, _mm512_set1_epi8(15));
+    }
+  };
+
+  template <int VECTORS>
+  struct Unpacked {
+    const uint8_t* rows;
+
+    INLINE __m512i at(int r, int i) const { return _mm512_load_si512(rows + (r * VECTORS + i) * 64); }
+  };
+
+  // to[t], lane 4 * r + j: the sum of the products of group j of row r and row t of inputs.
+  template <int R, int T, int GROUP, bool WHOLE, class Codes>
+  static INLINE void integer_sums(const Codes& codes, const int8_t* x, int64_t padded, int count, Ints (&to)[T]) {
+    constexpr int EACH = GROUP < 64 ? 64 / GROUP : 1;  // groups of a vector of codes
+    Ints sums[T][SETS];
+    UNROLL for (int j = 0; j < SETS; j += EACH) {
+      if (!WHOLE && j >= count) {
+        UNROLL for (int t = 0; t < T; ++t) sums[t][j] = Ints{};
+        continue;
       }
+      __m512i dots[T][R];
+      multiply<R, T>(codes, x, padded, GROUP == RUN ? 2 * j : j / EACH, dots);
+      if (GROUP == RUN) add_products<R, T>(codes, x, padded, 2 * j + 1, dots);
+      UNROLL for (int t = 0; t < T; ++t)
+        FORMAT == INT4 ? rows_in_lanes<R>(dots[t], sums[t] + j) : rows_in_parts<R, EACH>(dots[t], sums[t] + j);
+    }
+    UNROLL for (int t = 0; t < T; ++t) to[t] = FORMAT == INT4 ? groups_of_parts<EACH>(sums[t]) : groups_of_lanes(sums[t]);
   }
 
-  // Up to 16 scales or lows from index `at` on as floats, padded with zeros.
-  static INLINE Floats values(const Matrix& m, const void* from, int64_t at, int count) {
-    const __mmask16 mask = count >= 16 ? 0xffff : (1u << count) - 1;
+  // INT4. A vector's parts, of 128 bits, become: in lane r the sum of row r's part. The sums fit in 16 bits until the last
+  // addition: 16 * 15 * 127 < 2^15.
+  template <int R>
+  static INLINE void rows_in_lanes(const __m512i (&rows)[R], Ints* to) {
+    const Ints first = words_added(of<R, 0>(rows), of<R, 1>(rows));
+    *to = words_added(first, R > 2 ? words_added(of<R, 2>(rows), of<R, 3>(rows)) : first);
+  }
+
+  // Then the parts of each group are added.
+  template <int EACH>
+  static INLINE Ints groups_of_parts(const Ints (&sums)[SETS]) {
+    Ints all = sums[0];
+    if (EACH == 1) all = parts_added(sums[0], sums[1], sums[2], sums[3]);
+    if (EACH == 2) all = pick<0x88>(sums[0], sums[2]) + pick<0xdd>(sums[0], sums[2]);
+    const __m512i transposed = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    return (Ints)_mm512_permutexvar_epi32(transposed, (__m512i)all);
+  }
+
+  // INT8. The vectors of R rows become: in part r four sums of row r, for each of their EACH groups.
+  template <int R, int EACH>
+  static INLINE void rows_in_parts(const __m512i (&rows)[R], Ints* to) {
+    const Ints a = of<R, 0>(rows), b = of<R, 1>(rows), c = of<R, 2>(rows), d = of<R, 3>(rows);
+    if (EACH == 1) {
+      to[0] = parts_added(a, b, c, d);
+    } else if (EACH == 2) {
+      const Ints ab = neighbours_added(a, b), cd = R > 2 ? neighbours_added(c, d) : ab;
+      to[0] = pick<0x44>(ab, cd), to[1] = pick<0xee>(ab, cd);
+    } else {
+      const Ints lower_ab = pick<0x44>(a, b), lower_cd = pick<0x44>(c, d);
+      const Ints upper_ab = pick<0xee>(a, b), upper_cd = pick<0xee>(c, d);
+      to[0] = pick<0x88>(lower_ab, lower_cd), to[1] = pick<0xdd>(lower_ab, lower_cd);
+      to[2] = pick<0x88>(upper_ab, upper_cd), to[3] = pick<0xdd>(upper_ab, upper_cd);
+    }
+  }
+
+  // Then the lanes of each part are added.
+  static INLINE Ints groups_of_lanes(const Ints (&sums)[SETS]) {
+    const __m512i first = lanes_added(sums[0], sums[1]), second = lanes_added(sums[2], sums[3]);
+    return (Ints)_mm512_unpacklo_epi64(first, second) + (Ints)_mm512_unpackhi_epi64(first, second);
+  }
+
+  // The additions of parts need one shuffle across them for two vectors: blends and additions have more units.
+
+  // In the parts: the sums of the four parts of a, of b, of c and of d.
+  static INLINE Ints parts_added(Ints a, Ints b, Ints c, Ints d) {
+    return neighbours_added(halves_added(a, c), halves_added(b, d));
+  }
+
+  // Parts 0 + 2 and 1 + 3 of a, then of b.
+  static INLINE Ints halves_added(Ints a, Ints b) {
+    return (Ints)_mm512_mask_blend_epi64(0xf0, (__m512i)a, (__m512i)b) + pick<0x4e>(a, b);
+  }
+
+  // Parts a0 + a1, b0 + b1, a2 + a3, b2 + b3.
+  static INLINE Ints neighbours_added(Ints a, Ints b) {
+    const __m512i others = _mm512_set_epi64(13, 12, 7, 6, 9, 8, 3, 2);
+    return (Ints)_mm512_mask_blend_epi64(0xcc, (__m512i)a, (__m512i)b) +
+           (Ints)_mm512_permutex2var_epi64((__m512i)a, others, (__m512i)b);
+  }
+
+  // In each part: a0 + a2, b0 + b2, a1 + a3, b1 + b3.
+  static INLINE __m512i lanes_added(Ints a, Ints b) {
+    return (__m512i)((Ints)_mm512_unpacklo_epi32((__m512i)a, (__m512i)b) + (Ints)_mm512_unpackhi_epi32((__m512i)a, (__m512i)b));
+  }
+
+  // In each part: a0 + a1, a2 + a3, b0 + b1, b2 + b3, of integers that fit in 16 bits.
+  static INLINE Ints words_added(Ints a, Ints b) {
+    return (Ints)_mm512_madd_epi16(_mm512_packs_epi32((__m512i)a, (__m512i)b), _mm512_set1_epi16(1));
+  }
+
+  template <int R, int T, class Codes>
+  static INLINE void multiply(const Codes& codes, const int8_t* x, int64_t padded, int i, __m512i (&to)[T][R]) {
+    UNROLL for (int t = 0; t < T; ++t) UNROLL for (int r = 0; r < R; ++r) to[t][r] = __m512i{};
+    add_products<R, T>(codes, x, padded, i, to);
+  }
+
+  // to += the products of vector i of the codes and of the inputs.
+  template <int R, int T, class Codes>
+  static INLINE void add_products(const Codes& codes, const int8_t* x, int64_t padded, int i, __m512i (&to)[T][R]) {
+    __m512i inputs[T];
+    UNROLL for (int t = 0; t < T; ++t) inputs[t] = _mm512_loadu_si512(x + t * padded + i * 64);
+    UNROLL for (int r = 0; r < R; ++r) {
+      const __m512i own = codes.at(r, i);
+      UNROLL for (int t = 0; t < T; ++t) to[t][r] = _mm512_dpbusd_epi32(to[t][r], own, inputs[t]);
+    }
+  }
+
+  // Row r; with fewer rows, any.
+  template <int R, int r>
+  static INLINE Ints of(const __m512i (&rows)[R]) { return (Ints)rows[r % R]; }
+
+  // Two of the four 128-bit parts of a, then two of b.
+  template <int PARTS>
+  static INLINE Ints pick(Ints a, Ints b) { return (Ints)_mm512_shuffle_i64x2((__m512i)a, (__m512i)b, PARTS); }
+
+  // The scales or lows of `count` groups of R rows as floats, `apart` elements between rows; 0 in the lanes beyond.
+  template <int R, bool WHOLE>
+  static INLINE Floats by_row(const Matrix& m, const void* from, int64_t at, int64_t apart, int count) {
+    const __mmask8 mask = WHOLE ? 15 : (1u << count) - 1;
     if (m.wide) {
+      __m512 rows = {};
       const float* own = (const float*)from + at;
-      __builtin_prefetch(own + SCALES_AHEAD);
-      return (Floats)_mm512_maskz_loadu_ps(mask, own);
+      UNROLL for (int r = 0; r < R; ++r) {
+        if (!(at & 15)) __builtin_prefetch(own + r * apart + SCALES_AHEAD);
+        const __m128 four = _mm_maskz_loadu_ps(mask, own + r * apart);
+        rows = r == 0 ? _mm512_zextps128_ps512(four) : r == 1 ? _mm512_insertf32x4(rows, four, 1)
+             : r == 2 ? _mm512_insertf32x4(rows, four, 2) : _mm512_insertf32x4(rows, four, 3);
+      }
+      return (Floats)rows;
     }
     const uint16_t* own = (const uint16_t*)from + at;
-    __builtin_prefetch(own + SCALES_AHEAD);
-    return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, own));
+    __m128i four[4] = {};
+    UNROLL for (int r = 0; r < R; ++r) {
+      if (!(at & 15)) __builtin_prefetch(own + r * apart + SCALES_AHEAD);
+      four[r] = WHOLE ? _mm_loadl_epi64((const __m128i*)(own + r * apart)) : _mm_maskz_loadu_epi16(mask, own + r * apart);
+    }
+    const __m128i first = _mm_unpacklo_epi64(four[0], four[1]), second = _mm_unpacklo_epi64(four[2], four[3]);
+    return (Floats)_mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1));
   }
 };
 #elif defined(MB_INT8_DOT)
@@ -315,7 +462,7 @@ INLINE void tile(const Matrix& m, const Prepared& x, int64_t output, int64_t gap
 // The tiles of STREAMS rows of weights, `gap` apart; of a single row if `gap` is 0.
 template <class Tile, int STREAMS, int T>
 inline void strip(const Matrix& m, const Prepared& x, int row, float* y, int64_t ldy, int64_t first, int64_t gap) {
-  constexpr int R = rows_of<STREAMS, T>();
+  constexpr int R = rows_of<Tile, STREAMS, T>();
   static_assert(STREAMS % R == 0, "STREAMS must be a multiple of R");
   if (!gap) return tile<Tile, 1, T>(m, x, first, 0, row, y, ldy);
   for (int r = 0; r < STREAMS; r += R) tile<Tile, R, T>(m, x, first + r * gap, gap, row, y, ldy);

@@ -61,8 +61,9 @@ inline int gemm_int8(const Matrix& m, const void* x, int32_t x_format, int64_t l
         if (x_format == BF16) convert_to_float((const uint16_t*)from + row * ldx, m.inputs, wide), floats = wide;
         quantise_row(floats, row, m, p);
       });
-      region.loop((m.outputs + PANEL - 1) / PANEL, 1,
-                  [&](int64_t panel) { int8_panel(m, packed, panel * PANEL, p, count, to, y_format, ldy); });
+      region.loop((m.outputs + PANEL - 1) / PANEL, 1, [&](int64_t panel) {
+        int8_panel(m, packed, panel * PANEL, p, count, to, y_format, ldy, row_prefetch(m, (panel + threads) * PANEL, PANEL));
+      });
     });
   }
   return 0;

@@ -95,7 +95,8 @@ struct LosslessTile {
   template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
                          float (&out)[R][T]) {
-    const auto* x = Step::inputs(p) + row * p.padded;
+    const int64_t ldx = Step::stride(p);
+    const auto* x = Step::inputs(p) + row * ldx;
     const int64_t bytes = row_bytes(m), head = head_bytes(m);
     const uint8_t* first = (const uint8_t*)m.data + output * bytes + head;
     Floats sums[R][T] = {};
@@ -108,10 +109,10 @@ struct LosslessTile {
       UNROLL for (int word = 0; word < 32; word += 2 * LANES) {
         Shorts lower[R];
         UNROLL for (int r = 0; r < R; ++r) lower[r] = load<Shorts>(runs + r * gap * bytes + RUN + 2 * word);
-        part<0>(runs, gap * bytes, lower, word, highest, x + k, p.padded, sums);
-        part<1>(runs, gap * bytes, lower, word, highest, x + k, p.padded, sums);
-        part<2>(runs, gap * bytes, lower, word, highest, x + k, p.padded, sums);
-        part<3>(runs, gap * bytes, lower, word, highest, x + k, p.padded, sums);
+        part<0>(runs, gap * bytes, lower, word, highest, x + k, ldx, sums);
+        part<1>(runs, gap * bytes, lower, word, highest, x + k, ldx, sums);
+        part<2>(runs, gap * bytes, lower, word, highest, x + k, ldx, sums);
+        part<3>(runs, gap * bytes, lower, word, highest, x + k, ldx, sums);
       }
     }
     for (int r = 0; r < R; ++r) {

@@ -38,19 +38,23 @@ constexpr int FEW = 8;     // rows of inputs of the largest tile
 // Rows of inputs in the form that `multiply` reads. `prepare` fills only the arrays that the matrix's format needs.
 struct Prepared {
   float* f;        // (rows, padded)
-  uint16_t* bf;    // (rows, padded)
+  uint16_t* bf;    // (rows, padded), bf_stride() apart
   int8_t* q;       // (rows, padded), integers in [-127, 127]
   float* q_scale;  // (rows, blocks): x = q * q_scale in each group of the weights
   float* q_sum;    // (rows, blocks): the sum of q * q_scale in each group
+  int32_t* q_total;  // (rows, blocks): the sum of q in each group
   int64_t padded, blocks;
   const float* x;  // float32 inputs that are read in place: the caller's, or `f`
   int64_t ldx;
+
+  // Not a power of two, where rows would share the same few sets of L1.
+  INLINE int64_t bf_stride() const { return padded + 32; }
 };
 
 // Bytes of scratch for `rows` rows of up to `inputs` inputs.
 inline int64_t prepared_bytes(int64_t inputs, int64_t rows) {
   int64_t padded = round_up(inputs, RUN), blocks = round_up(padded / LEAST_GROUP, 16);
-  return 64 + rows * (padded * (4 + 2 + 1) + blocks * 8);
+  return 64 + rows * (padded * (4 + 2 + 1) + 64 + blocks * 12);
 }
 
 // Divides scratch of `prepared_bytes(inputs, rows)` bytes into the arrays.
@@ -61,7 +65,8 @@ inline Prepared prepared_in(void* scratch, int64_t inputs, int64_t rows) {
   p.f = (float*)at, at += rows * p.padded * 4;
   p.q_scale = (float*)at, at += rows * p.blocks * 4;
   p.q_sum = (float*)at, at += rows * p.blocks * 4;
-  p.bf = (uint16_t*)at, at += rows * p.padded * 2;
+  p.q_total = (int32_t*)at, at += rows * p.blocks * 4;
+  p.bf = (uint16_t*)at, at += rows * p.bf_stride() * 2;
   p.q = (int8_t*)at;
   return p;
 }
@@ -136,8 +141,8 @@ inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int
 
 }  // namespace matrices
 
-#include "row_products.hpp"
 #include "gemm_int8.hpp"
+#include "row_products.hpp"
 #include "gemm_bf16.hpp"
 #include "arm_gemm.hpp"
 #include "amx.hpp"

@@ -17,7 +17,6 @@ namespace paged {
 using namespace decode;
 
 constexpr int64_t QUERY_ROWS = 32;     // queries of an attention task, which share converted keys and values
-constexpr int64_t CHUNK_OUTPUTS = 64;  // outputs of a product's task, for many rows
 
 struct PagedStep {
   const int64_t *ids, *positions;  // (tokens,)
@@ -114,12 +113,14 @@ class PagedRun {
       values = arena.take<float>(rows * (run.padded + 2));
       block = arena.take<float>(BLOCK_TOKENS * run.padded);
       together = arena.take<float>(run.inner_width);
+      panel = arena.take<char>(matrices::row_scratch_bytes(run.most_inputs));
 #if defined(__AMX_TILE__)
       tiles = arena.take<char>(matrices::AmxScratch::BYTES);
 #endif
     }
     const int thread;
     float *query, *scores, *values, *block, *together;
+    char* panel;  // of multiply_rows
     Prepared prepared;
 #if defined(__AMX_TILE__)
     matrices::AmxInputs operands;
@@ -203,10 +204,11 @@ class PagedRun {
     }
 #endif
     // Long parts of the outputs for few rows, for the hardware prefetcher.
-    const int64_t chunk = rows > FEW ? CHUNK_OUTPUTS : chunk_of(w, w.outputs, rows, s.threads);
+    const int64_t chunk = rows > FEW ? matrices::row_chunk(w) : chunk_of(w, w.outputs, rows, s.threads);
     phase(mine, (w.outputs + chunk - 1) / chunk, [&](int64_t i) {
       const int64_t first = i * chunk, last = std::min(first + chunk, w.outputs);
-      multiply_rows(w, mine.prepared, rows, to, to_stride, first, last);
+      multiply_rows(w, mine.prepared, rows, to, to_stride, first, last, mine.panel,
+                    matrices::row_prefetch(w, (i + s.threads) * chunk, rows > FEW ? chunk : 0));
       finish(0, rows, first, last);
     });
   }

@@ -54,7 +54,7 @@ struct PanelInputs {
   // Bytes of scratch for `rows` rows of up to `inputs` inputs.
   static int64_t bytes(int64_t inputs, int64_t rows) {
     const int64_t padded = round_up(inputs, RUN), blocks = round_up(padded / LEAST_GROUP, 16);
-    return rows * (padded * 2 + blocks * 8) + 256;
+    return rows * (padded * 2 + blocks * 12) + 256;
   }
 
   // Divides the scratch; integers and bf16 values are never needed together.
@@ -65,6 +65,7 @@ struct PanelInputs {
     codes.padded = round_up(m.inputs, RUN), codes.blocks = blocks_of(m);
     codes.q_scale = (float*)at, at += rows * codes.blocks * 4;
     codes.q_sum = (float*)at, at += rows * codes.blocks * 4;
+    codes.q_total = (int32_t*)at, at += rows * codes.blocks * 4;
     codes.q = (int8_t*)at, words = (int16_t*)at;
   }
 
@@ -86,7 +87,7 @@ struct PanelInputs {
       const int64_t left = m.inputs - k, inside = left < 0 ? 0 : left < m.group ? left : m.group;
       pad(x + row * ldx + k, inside, group, m.group);
       quantise(group, m.group, words + row * codes.padded + k, codes.q_scale + row * codes.blocks + g,
-               codes.q_sum + row * codes.blocks + g);
+               codes.q_sum + row * codes.blocks + g, codes.q_total + row * codes.blocks + g);
     }
   }
 };
@@ -278,12 +279,11 @@ inline void panel_sums(const Matrix& m, const PanelInputs& in, int64_t first, in
                        PanelScratch& scratch) {
 #if defined(MB_INT8_DOT)
   if (reads_int8(m)) {
-    const PackedPanel packed(scratch.other, m);
-    if (scratch.packed != &m || scratch.packed_first != first) pack_panel(m, first, packed);
-    scratch.packed = &m, scratch.packed_first = first, scratch.packed_k = 0;
+    scratch.packed = nullptr;
     Prepared own = in.codes;
     own.q += row * own.padded, own.q_scale += row * own.blocks, own.q_sum += row * own.blocks;
-    return packed_rows(m, packed, first, own, count, scratch.sums - first, F32, PANEL_OUTPUTS);
+    own.q_total += row * own.blocks;
+    return int8_panel(m, PackedPanel(scratch.other, m), first, own, count, scratch.sums - first, F32, PANEL_OUTPUTS);
   }
 #endif
 #if defined(MB_BF16_DOT)

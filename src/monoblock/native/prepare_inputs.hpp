@@ -39,10 +39,10 @@ inline void round_to_bf16(const float* x, int64_t inputs, uint16_t* to, int64_t 
 // Groups with a smaller max|x| quantise to 0: 127 / max|x| would overflow. With 16 bits the limit is 1000 times as large.
 constexpr float MIN_MAGNITUDE = 1e-36f;
 
-// One group: q = round(x * LARGEST / max|x|), in 8 or 16 bits. NaN and infinity make the scale
+// One group: q = round(x * LARGEST / max|x|), in 8 or 16 bits, the sums of q * scale and of q. NaN and infinity make the scale
 // NaN, so that they propagate to the outputs.
 template <class Code>
-INLINE void quantise(const float* x, int group, Code* q, float* scale, float* total) {
+INLINE void quantise(const float* x, int group, Code* q, float* scale, float* total, int32_t* integers) {
   constexpr bool BYTE = sizeof(Code) == 1;
   constexpr float LARGEST = BYTE ? 127 : 32767, LEAST = BYTE ? MIN_MAGNITUDE : 1e3f * MIN_MAGNITUDE;
   Floats top = {}, nonfinite = {};
@@ -55,6 +55,7 @@ INLINE void quantise(const float* x, int group, Code* q, float* scale, float* to
   if (nan != nan) {
     memset(q, 0, group * sizeof(Code));
     *scale = *total = nan;
+    *integers = 0;
     return;
   }
   Ints q_sum = {};
@@ -64,20 +65,24 @@ INLINE void quantise(const float* x, int group, Code* q, float* scale, float* to
     q_sum += n;
   }
   *scale = most / LARGEST;
-  *total = sum(__builtin_convertvector(q_sum, Floats)) * *scale;
+  const float exact = sum(__builtin_convertvector(q_sum, Floats));
+  *integers = int32_t(exact);
+  *total = exact * *scale;
 }
 
 inline void quantise_row(const float* x, int64_t row, const Matrix& m, Prepared& p) {
   float rest[RUN], *scale = p.q_scale + row * p.blocks, *total = p.q_sum + row * p.blocks;
+  int32_t* integers = p.q_total + row * p.blocks;
   memset(scale, 0, p.blocks * 4);
   memset(total, 0, p.blocks * 4);
+  memset(integers, 0, p.blocks * 4);
   for (int64_t g = 0, k = 0; k < p.padded; ++g, k += m.group) {
     const float* from = x + k;
     if (k + m.group > m.inputs) {
       pad(from, m.inputs > k ? m.inputs - k : 0, rest, m.group);
       from = rest;
     }
-    quantise(from, m.group, p.q + row * p.padded + k, scale + g, total + g);
+    quantise(from, m.group, p.q + row * p.padded + k, scale + g, total + g, integers + g);
   }
 }
 
@@ -98,7 +103,7 @@ inline void prepare(const Matrix& m, const float* x, int64_t ldx, int rows, Prep
   p.x = x, p.ldx = ldx;
   for (int row = 0; row < rows && (m.format == BF16 || m.format == LOSSLESS); ++row)
     if (by_pairs(rows))
-      round_to_bf16(x + row * ldx, m.inputs, p.bf + row * p.padded, p.padded);
+      round_to_bf16(x + row * ldx, m.inputs, p.bf + row * p.bf_stride(), p.padded);
     else
       deinterleave(x + row * ldx, m.inputs, p.f + row * p.padded, p.padded);
   if (m.format != INT8 && m.format != INT4) return;

@@ -29,7 +29,7 @@ inline bool non_temporal_is_better() {
 
 // Rows of weights that are read in parallel, for up to SMALL_BATCH rows of inputs or for more (`more`).
 constexpr int streams_of(int32_t format, bool more) {
-  return format == INT8 ? 2 : format == BF16 ? (more ? 3 : 2) : 4;
+  return format == INT8 ? (more ? 4 : 2) : format == BF16 ? (more ? 3 : 2) : 4;
 }
 
 // The plans of the formats, for 1, 2 to SMALL_BATCH, and more rows of inputs.

@@ -171,6 +171,26 @@ INLINE float sum(Floats v) {
   return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
 
+#if defined(__AVX512F__)
+// Transposes 16 x 16 elements of 32 bits. Half of the shuffles stay within 128 bits, which have twice the throughput of others.
+template <class Vector>
+INLINE void transpose(Vector (&v)[LANES]) {
+  __m512i part[4][4];  // [a][c]: in the 128 bits L, column 4 L + c of the rows 4 a to 4 a + 3
+  UNROLL for (int a = 0; a < 4; ++a) {
+    const __m512i r0 = (__m512i)v[4 * a], r1 = (__m512i)v[4 * a + 1], r2 = (__m512i)v[4 * a + 2], r3 = (__m512i)v[4 * a + 3];
+    const __m512i lower01 = _mm512_unpacklo_epi32(r0, r1), upper01 = _mm512_unpackhi_epi32(r0, r1);
+    const __m512i lower23 = _mm512_unpacklo_epi32(r2, r3), upper23 = _mm512_unpackhi_epi32(r2, r3);
+    part[a][0] = _mm512_unpacklo_epi64(lower01, lower23), part[a][1] = _mm512_unpackhi_epi64(lower01, lower23);
+    part[a][2] = _mm512_unpacklo_epi64(upper01, upper23), part[a][3] = _mm512_unpackhi_epi64(upper01, upper23);
+  }
+  UNROLL for (int c = 0; c < 4; ++c) {
+    const __m512i even01 = _mm512_shuffle_i64x2(part[0][c], part[1][c], 0x88), odd01 = _mm512_shuffle_i64x2(part[0][c], part[1][c], 0xdd);
+    const __m512i even23 = _mm512_shuffle_i64x2(part[2][c], part[3][c], 0x88), odd23 = _mm512_shuffle_i64x2(part[2][c], part[3][c], 0xdd);
+    v[c] = (Vector)_mm512_shuffle_i64x2(even01, even23, 0x88), v[4 + c] = (Vector)_mm512_shuffle_i64x2(odd01, odd23, 0x88);
+    v[8 + c] = (Vector)_mm512_shuffle_i64x2(even01, even23, 0xdd), v[12 + c] = (Vector)_mm512_shuffle_i64x2(odd01, odd23, 0xdd);
+  }
+}
+#else
 // One step of an in-register transpose: a and b, rows D apart, exchange their off-diagonal blocks of D x D lanes.
 template <int D, class Vector, size_t... L>
 INLINE void exchange(Vector& a, Vector& b, std::index_sequence<L...>) {
@@ -186,6 +206,12 @@ INLINE void transpose(Vector (&v)[LANES]) {
     if (!(i & D)) exchange<D>(v[i], v[i + D], std::make_index_sequence<LANES>());
   if constexpr (D > 1) transpose<D / 2>(v);
 }
+#endif
+
+#if defined(__AVX512F__)
+// a * b + c with one rounding.
+INLINE Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#endif
 
 INLINE Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 

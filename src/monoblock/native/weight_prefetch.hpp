@@ -30,4 +30,9 @@ class WeightPrefetch {
   int streams = 1;
 };
 
+// Prefetch of `count` rows from row `first` on, as far as the matrix has them.
+inline WeightPrefetch row_prefetch(const Matrix& m, int64_t first, int64_t count) {
+  return WeightPrefetch(m, first, first + count < m.outputs ? first + count : m.outputs);
+}
+
 }  // namespace matrices
