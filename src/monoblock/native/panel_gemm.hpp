@@ -87,7 +87,7 @@ struct PanelInputs {
       const int64_t left = m.inputs - k, inside = left < 0 ? 0 : left < m.group ? left : m.group;
       pad(x + row * ldx + k, inside, group, m.group);
       quantise(group, m.group, words + row * codes.padded + k, codes.q_scale + row * codes.blocks + g,
-               codes.q_sum + row * codes.blocks + g, codes.q_total + row * codes.blocks + g);
+               codes.q_sum + row * codes.blocks + g);
     }
   }
 };

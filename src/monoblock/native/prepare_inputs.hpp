@@ -42,7 +42,7 @@ constexpr float MIN_MAGNITUDE = 1e-36f;
 // One group: q = round(x * LARGEST / max|x|), in 8 or 16 bits, the sums of q * scale and of q. NaN and infinity make the scale
 // NaN, so that they propagate to the outputs.
 template <class Code>
-INLINE void quantise(const float* x, int group, Code* q, float* scale, float* total, int32_t* integers) {
+INLINE void quantise(const float* x, int group, Code* q, float* scale, float* total, int32_t* integers = nullptr) {
   constexpr bool BYTE = sizeof(Code) == 1;
   constexpr float LARGEST = BYTE ? 127 : 32767, LEAST = BYTE ? MIN_MAGNITUDE : 1e3f * MIN_MAGNITUDE;
   Floats top = {}, nonfinite = {};
@@ -55,7 +55,7 @@ INLINE void quantise(const float* x, int group, Code* q, float* scale, float* to
   if (nan != nan) {
     memset(q, 0, group * sizeof(Code));
     *scale = *total = nan;
-    *integers = 0;
+    if (integers) *integers = 0;
     return;
   }
   Ints q_sum = {};
@@ -66,7 +66,7 @@ INLINE void quantise(const float* x, int group, Code* q, float* scale, float* to
   }
   *scale = most / LARGEST;
   const float exact = sum(__builtin_convertvector(q_sum, Floats));
-  *integers = int32_t(exact);
+  if (integers) *integers = int32_t(exact);
   *total = exact * *scale;
 }
 
