@@ -54,7 +54,7 @@ INLINE void int8_tile(const uint64_t* w, const uint64_t* x, int chunks, int32x4_
 }
 #endif
 
-// A packed panel: chunks of codes (padded / 8, PANEL), those of INT8 less 128; scale, and low if the matrix has it (groups,
+// A packed panel: chunks of codes (padded / 8, PANEL), as signed integers (INT8 less 128, INT4 without a low less 8); scale, and low if the matrix has it (groups,
 // PANEL), which stands for a code of 0 here; bias (PANEL).
 struct PackedPanel {
   uint64_t* codes;
@@ -83,11 +83,13 @@ inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
     rows[r] = (const uint8_t*)m.data + row * row_bytes(m);
     to.bias[r] = bias_of(m, row);
     for (int64_t g = 0; g < groups; ++g) {
-      const float scale = scale_of(m, row * groups + g);
+      const float scale = scale_of(m, row, g);
       to.scale[g * PANEL + r] = scale;
-      if (m.low) to.low[g * PANEL + r] = low_of(m, row * groups + g) + (m.format == INT8 ? 128 * scale : 0);
+      if (m.low) to.low[g * PANEL + r] = low_of(m, row, g) + (m.format == INT8 ? 128 * scale : 0);
     }
   }
+  typedef uint8_t Codes __attribute__((vector_size(CHUNK_BYTES)));
+  const uint8_t zero = m.low ? 0 : 8;  // of INT4
   for (int side = 0; side < PANEL; side += ACROSS)
     for (int64_t k = 0; k < padded; k += CHUNK_BYTES) {
       uint64_t* chunk = to.codes + k / CHUNK_BYTES * PANEL + side;
@@ -97,7 +99,7 @@ inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
         const int64_t at = k / RUN * BLOCK + k % BLOCK;
         const int shift = k % RUN / BLOCK * 4;
         UNROLL for (int r = 0; r < ACROSS; ++r)
-          chunk[r] = load<uint64_t>(rows[side + r] + at) >> shift & 0x0f0f0f0f0f0f0f0fu;
+          chunk[r] = (uint64_t)((Codes)(load<uint64_t>(rows[side + r] + at) >> shift & 0x0f0f0f0f0f0f0f0fu) - zero);
       }
     }
 }

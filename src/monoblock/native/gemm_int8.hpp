@@ -17,7 +17,7 @@ constexpr int PANEL = 64;              // rows of weights of a panel
 constexpr int VECTORS = PANEL / SIDE;  // vectors of a register tile
 constexpr int TOKENS = 6;              // rows of inputs of a register tile: their integer sums fill 24 registers
 
-// A packed panel: codes (padded / 4, VECTORS, SIDE, 4), those of INT8 less 128; scale, start, and low if the matrix has it
+// A packed panel: codes (padded / 4, VECTORS, SIDE, 4), as signed integers (INT8 less 128, INT4 without a low less 8); scale, start, and low if the matrix has it
 // (groups, PANEL), which stands for a code of 0 here; bias (PANEL).
 struct PackedPanel {
   uint8_t* codes;
@@ -49,11 +49,13 @@ inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
     rows[r] = (const uint8_t*)m.data + row * bytes;
     to.bias[r] = bias_of(m, row);
     for (int64_t g = 0; g < groups; ++g) {
-      const float scale = scale_of(m, row * groups + g);
+      const float scale = scale_of(m, row, g);
       to.scale[g * PANEL + r] = scale;
-      if (m.low) to.low[g * PANEL + r] = low_of(m, row * groups + g) + (m.format == INT8 ? 128 * scale : 0);
+      if (m.low) to.low[g * PANEL + r] = low_of(m, row, g) + (m.format == INT8 ? 128 * scale : 0);
     }
   }
+  typedef uint8_t Codes __attribute__((vector_size(64)));
+  const uint8_t zero = m.low ? 0 : 8;  // of INT4
   const __m512i ones = _mm512_set1_epi8(1);
   for (int side = 0; side < VECTORS; ++side) {
     __m512i sums = {};
@@ -64,7 +66,7 @@ inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
         if (m.format == INT8)
           v[r] = load<Words>(row + k) ^ 0x80808080u;
         else  // the low nibbles of a run of 128 are its first 64 codes, the high nibbles the others
-          v[r] = load<Words>(row + k / RUN * 64) >> (k % RUN ? 4 : 0) & 0x0f0f0f0fu;
+          v[r] = (Words)((Codes)(load<Words>(row + k / RUN * 64) >> (k % RUN ? 4 : 0) & 0x0f0f0f0fu) - zero);
       }
       transpose(v);
       UNROLL for (int i = 0; i < SIDE; ++i) {

@@ -122,14 +122,13 @@ struct PairTile : BfloatTile<PairTile> {
 #if defined(__AVX512VNNI__)
 // Quantised weights with int8 inputs: one instruction (VPDPBUSD) multiplies 64 codes by 64 inputs and adds them in fours to
 // 16 integers. With x = q * q_scale in a group,
-//   sum(w x) = scale * q_scale * sum(code * q) + low * q_scale * sum(q),   where low is -128 * scale if INT8 has none.
+//   sum(w x) = scale * q_scale * sum(code * q) + low * q_scale * sum(q),
+// where low is -128 * scale (INT8) or -8 * scale (INT4) if the matrix has none.
 // With groups of 32 or 16, a vector of 64 products has several groups, each in some of its lanes.
 template <int32_t CODES>
 struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
   typedef uint8_t Codes __attribute__((vector_size(64)));
-  static constexpr int PANEL = 64;  // groups whose scales are converted at once
-  static constexpr int SCALES_AHEAD = 128;  // elements; hardware prefetchers do not follow so few bytes a row
 
   template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
@@ -149,12 +148,22 @@ struct CodeTile {
     const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2, groups = p.padded / GROUP;
     const uint8_t* w = (const uint8_t*)m.data + output * bytes;
     const int8_t* x = p.q + row * p.padded;
+    const TileScales<R, GROUP> stored(m, output, gap);
     Floats sums[R][T] = {};
-    for (int64_t first = 0; first < groups; first += PANEL) {
-      const int count = groups - first < PANEL ? int(groups - first) : PANEL;
-      float scales[R][T][PANEL];
-      scale<R, T>(m, p, output, gap, row, first, count, scales, sums);
+    for (int64_t first = 0; first < groups; first += LANES) {
+      const int count = groups - first < LANES ? int(groups - first) : LANES;
+      // scale * q_scale of LANES groups; the terms of `low` are added to the sums.
+      Floats scales[R][T];
+      stored.read(first, count, [&](int r, Floats scale, Floats low) {
+        UNROLL for (int t = 0; t < T; ++t) {
+          const int64_t own = (row + t) * p.blocks + first;
+          scales[r][t] = scale * load<Floats>(p.q_scale + own);
+          sums[r][t] += low * load<Floats>(p.q_sum + own);
+        }
+      });
+      Ints at = first_groups<GROUP>();
       for (int g = 0; g < count; g += EACH) {
+        const Ints next = at + EACH / 2;
         const int64_t k = (first + g) * GROUP;
         Codes codes[R][2];
         UNROLL for (int r = 0; r < R; ++r)
@@ -165,11 +174,11 @@ struct CodeTile {
           UNROLL for (int r = 0; r < R; ++r) {
             __m512i a = _mm512_dpbusd_epi32(none, (__m512i)codes[r][0], low);
             __m512i b = _mm512_dpbusd_epi32(EACH == 1 ? a : none, (__m512i)codes[r][1], high);
-            const float* own = scales[r][t] + g;
-            if (EACH > 1) sums[r][t] += floats(a) * by_lane<GROUP>(own);
-            sums[r][t] += floats(b) * by_lane<GROUP>(own + EACH / 2);
+            if (EACH > 1) sums[r][t] += floats(a) * by_lane(scales[r][t], at);
+            sums[r][t] += floats(b) * by_lane(scales[r][t], next);
           }
         }
+        at += EACH;
       }
     }
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
@@ -177,19 +186,16 @@ struct CodeTile {
 
   static INLINE Floats floats(__m512i v) { return __builtin_convertvector((Ints)v, Floats); }
 
-  // The scales of the groups of 64 products, in the lanes of their sums.
+  // The groups of the lanes of the first 64 products.
   template <int GROUP>
-  static INLINE Floats by_lane(const float* scales) {
-    if constexpr (GROUP >= 64) {
-      return all(*scales);
-    } else if constexpr (GROUP == 32) {
-      const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-      const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)scales));
-      return (Floats)_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(two));
-    } else {
-      const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-      return (Floats)_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
-    }
+  static INLINE Ints first_groups() {
+    if constexpr (GROUP == 32) return (Ints)_mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    if constexpr (GROUP == 16) return (Ints)_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return Ints{};
+  }
+
+  static INLINE Floats by_lane(Floats scales, Ints groups) {
+    return (Floats)_mm512_permutexvar_ps((__m512i)groups, (__m512)scales);
   }
 
   // The codes of 128 weights.
@@ -204,37 +210,6 @@ struct CodeTile {
       codes[1] = codes[0] >> 4;
       codes[0] &= 15;
     }
-  }
-
-  // scales = scale * q_scale of each group; sums += the terms of `low`.
-  template <int R, int T>
-  static INLINE void scale(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t first,
-                           int count, float (&scales)[R][T][PANEL], Floats (&sums)[R][T]) {
-    const int64_t groups = groups_of(m);
-    for (int g = 0; g < count; g += LANES)
-      UNROLL for (int r = 0; r < R; ++r) {
-        const int64_t at = (output + r * gap) * groups + first + g;
-        Floats scale = values(m, m.scale, at, count - g);
-        Floats low = FORMAT == INT8 && !m.low ? scale * -128.0f : values(m, m.low, at, count - g);
-        UNROLL for (int t = 0; t < T; ++t) {
-          const int64_t own = (row + t) * p.blocks + first + g;
-          store(scales[r][t] + g, scale * load<Floats>(p.q_scale + own));
-          sums[r][t] += low * load<Floats>(p.q_sum + own);
-        }
-      }
-  }
-
-  // Up to 16 scales or lows from index `at` on as floats, padded with zeros.
-  static INLINE Floats values(const Matrix& m, const void* from, int64_t at, int count) {
-    const __mmask16 mask = count >= 16 ? 0xffff : (1u << count) - 1;
-    if (m.wide) {
-      const float* own = (const float*)from + at;
-      __builtin_prefetch(own + SCALES_AHEAD);
-      return (Floats)_mm512_maskz_loadu_ps(mask, own);
-    }
-    const uint16_t* own = (const uint16_t*)from + at;
-    __builtin_prefetch(own + SCALES_AHEAD);
-    return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, own));
   }
 };
 #elif defined(MB_INT8_DOT)
@@ -261,18 +236,18 @@ struct CodeTile {
   // PART: inputs of one group whose products are scaled at once.
   template <Hint HINT, int R, int T, int PART>
   static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead, float (&out)[R][T]) {
-    const int64_t groups = groups_of(m), bytes = FORMAT == INT8 ? p.padded : p.padded / 2;
+    const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2;
     const uint8_t* w = (const uint8_t*)m.data + output * bytes;
     const float *x = p.x + row * p.ldx, *block = p.q_sum + row * p.blocks;
     Floats sums[R][T] = {};
     float lows[R][T] = {};
     for (int64_t b = 0; b < p.padded / PART; ++b) {
-      const int64_t start = b * PART, group = output * groups + start / m.group;
+      const int64_t start = b * PART, group = start / m.group;
       int64_t at = FORMAT == INT8 ? start : start / RUN * BLOCK + start % BLOCK;
       int shift = FORMAT == INT8 ? 0 : start % RUN / BLOCK * 4;
       for (int r = 0; r < R; ++r) {
         prefetch_ahead<HINT>(w + r * gap * bytes + at, ahead);
-        const float scale = scale_of(m, group + r * gap * groups), low = low_of(m, group + r * gap * groups);
+        const float scale = scale_of(m, output + r * gap, group), low = low_of(m, output + r * gap, group);
         Floats part[T] = {};
         for (int k = 0; k < PART; k += LANES) {
           Words codes = widen(load<Bytes>(w + r * gap * bytes + at + k));
