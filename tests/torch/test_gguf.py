@@ -242,7 +242,19 @@ def test_windows_and_scaled_rope(tmp_path: Path) -> None:
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K"])
+# What a matrix of each type takes, in bits per weight: codes and, by groups, scales and lows.
+BITS = {"Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5.0, "Q5_K": 8.625, "Q6_K": 8.5625}
+BITS |= {"Q4_K": 4.625, "Q3_K": 4.5625, "Q2_K": 5.125}
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_size_in_memory(kind: str, tmp_path: Path) -> None:
+    files.write(tmp_path / "model.gguf", kind)
+    down = AutoModelForCausalLM.from_pretrained(tmp_path / "model.gguf").model.layers[0].mlp.down_proj
+    assert down.quantized.nbytes * 8 == BITS[kind] * down.rows * down.columns
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
 @torch.no_grad()
 def test_saved_and_loaded_again(kind: str, tmp_path: Path) -> None:
     expected = files.write(tmp_path / "model.gguf", kind)

@@ -1,5 +1,5 @@
-"""Quantised matrices as other tools make them: groups of 16 to 128, scales in float32 or of two levels, 8 bits with a low,
-4 bits without."""
+"""Quantised matrices as other tools make them: groups of 16 to 128, scales in float32 or of two levels, 8 bits
+with a low, 4 bits without."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def values_of(stored: Tensor, group: int) -> Tensor:
     blocks = stored.shape[1] // (each + 2)
     numbers = stored[:, blocks * each :].contiguous().view(torch.float16)
     return torch.stack(
-        [stored[:, i].view(torch.int8).float() * numbers[:, i // each].float() for i in range(blocks * each)], 1
+        [stored[:, i].view(torch.int8).float() * numbers[:, i // each].float() for i in range(blocks * each)],
+        1,
     )
 
 
@@ -81,10 +82,11 @@ def test_weights(form: Form) -> None:
         runs = codes.unflatten(1, (-1, 64))
         codes = torch.cat((runs & 15, runs >> 4), -1).flatten(1)
     assert packed.scale is not None and (packed.low is not None) == has_low
-    scale, low = (
-        None if x is None else values_of(x, group).repeat_interleave(group, 1) for x in (packed.scale, packed.low)
-    )
-    expected = codes * scale + low if low is not None else (codes.float() - (8 if bits == 4 else 128)) * scale
+    scale = values_of(packed.scale, group).repeat_interleave(group, 1)
+    if packed.low is None:
+        expected = (codes.float() - (8 if bits == 4 else 128)) * scale
+    else:
+        expected = codes * scale + values_of(packed.low, group).repeat_interleave(group, 1)
     torch.testing.assert_close(packed.unpack(torch.float32), expected[:, :200])
     again = QuantizedTensor.of(packed.tensors(), 200)
     assert again[3:] == packed[3:]

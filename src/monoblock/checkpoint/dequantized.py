@@ -98,6 +98,11 @@ class DequantizedTensors:
             halves = codes.reshape(outputs, -1, RUN // 2)
             codes = np.concatenate((halves & 15, halves >> 4), axis=2).reshape(outputs, padded)
         group = group_of(scale.shape[1], padded, two_level=scale.dtype == np.uint8)
+        if group is None:
+            raise ShapeMismatch(
+                f"{name} in {self.path(name).name} has {scale.shape[1]} scales in rows of {inputs} weights, which is "
+                "no known format of quantised weights"
+            )
         made = codes.astype(np.float32).reshape(outputs, -1, group)
         if low is None:
             made -= ZEROS[bits]

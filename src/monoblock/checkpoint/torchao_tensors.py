@@ -37,8 +37,8 @@ class _Matrix:
 
 
 class TorchaoTensors(AffineTensors):
-    """A store's tensors, with torchao's matrices as codes, scale and, where no code is 0 in all groups, low. `metadata`: of the
-    files."""
+    """A store's tensors, with torchao's matrices as codes, scale and, where zero points are not the middle code, low.
+    `metadata`: of the files."""
 
     codes_end, endings = _QDATA, (_QDATA, _SCALE, _ZERO)
 

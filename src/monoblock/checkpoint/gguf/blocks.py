@@ -88,7 +88,9 @@ def _six_bit_pairs(blocks: Array) -> Scales:
     low, high, rest = s[:, 0:4], s[:, 4:8], s[:, 8:12]
     first = np.concatenate((low & 63, rest & 15 | low >> 6 << 4), axis=1)
     second = np.concatenate((high & 63, rest >> 4 | high >> 6 << 4), axis=1)
-    return TwoLevel(_halves(blocks, 0), first.view(np.int8)), TwoLevel(_halves(blocks, 2), -second.view(np.int8))
+    return TwoLevel(_halves(blocks, 0), first.view(np.int8)), TwoLevel(
+        _halves(blocks, 2), -second.view(np.int8)
+    )
 
 
 def _q2_k_scales(blocks: Array) -> Scales:

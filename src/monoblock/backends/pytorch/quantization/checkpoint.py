@@ -21,8 +21,8 @@ from monoblock.checkpoint import quantized
 from monoblock.checkpoint.bnb_tensors import FourBitTensors
 from monoblock.checkpoint.dense_tensors import Float8Tensors
 from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
-from monoblock.checkpoint.packed import TWO_LEVEL
 from monoblock.checkpoint.matching import LoadReport, match_tensors
+from monoblock.checkpoint.packed import TWO_LEVEL
 from monoblock.checkpoint.quantized_view import QuantizedView
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
@@ -129,8 +129,8 @@ def _form(
     how: WeightOnlyConfig,
     inputs: int,
 ) -> tuple[int, int, bool]:
-    """Bits and group of a stored matrix, and whether its scales have two levels. Those of matrices that another tool quantised are in its tensors' shapes; of
-    others the config says the group, and the tensors that there are say the bits."""
+    """Bits and group of a stored matrix, and whether its scales have two levels. Of matrices that another tool
+    quantised, its tensors tell them; of others the config tells the group, and which tensors there are the bits."""
     if how.source is None:
         return 4 if has["low"] else 8 if has["scale"] else LOSSLESS, how.group_size, False
     two_level = has["scale"] and parts["scale"].dtype(name) == TWO_LEVEL

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from monoblock.backends.pytorch.quantization import bf12
 from monoblock.backends.pytorch.quantization.bf12 import RUN
-from monoblock.checkpoint.packed import GROUPS, SUPER_BLOCK, TWO_LEVEL, ZEROS, group_of, scale_width
+from monoblock.checkpoint.packed import SUPER_BLOCK, TWO_LEVEL, ZEROS, group_of, scale_width
 from monoblock.quantization import LOSSLESS
 
 BITS = (8, 4)  # with scales
@@ -111,7 +111,9 @@ def _values(stored: Tensor, group: int) -> Tensor:
     blocks = stored.shape[1] // (SUPER_BLOCK // group + 2)
     factors, numbers = stored.split((stored.shape[1] - 2 * blocks, 2 * blocks), dim=1)
     numbers = numbers.contiguous().view(torch.float16).float()
-    return factors.contiguous().view(torch.int8).float() * numbers.repeat_interleave(SUPER_BLOCK // group, dim=1)
+    return factors.contiguous().view(torch.int8).float() * numbers.repeat_interleave(
+        SUPER_BLOCK // group, dim=1
+    )
 
 
 def shapes(
