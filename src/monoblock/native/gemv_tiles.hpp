@@ -167,7 +167,7 @@ struct CodeTile {
         const int64_t k = (first + g) * GROUP;
         Codes codes[R][2];
         UNROLL for (int r = 0; r < R; ++r)
-          unpack<HINT>(w + r * gap * bytes + (FORMAT == INT8 ? k : k / 2), ahead, codes[r]);
+          unpack<HINT>(w + r * gap * bytes + (FORMAT == INT8 ? k : k >> 1), ahead, codes[r]);
         UNROLL for (int t = 0; t < T; ++t) {
           const int8_t* q = x + t * p.padded + k;
           const __m512i low = _mm512_loadu_si512(q), high = _mm512_loadu_si512(q + 64), none = {};
