@@ -152,12 +152,14 @@ struct CodeTile {
     Floats sums[R][T] = {};
     for (int64_t first = 0; first < groups; first += LANES) {
       const int count = groups - first < LANES ? int(groups - first) : LANES;
-      // scale * q_scale of LANES groups; the terms of `low` are added to the sums.
-      Floats scales[R][T];
+      // scale * q_scale of LANES groups; the terms of `low` are added to the sums. A vector of products has one group's scale,
+      // which is broadcast from memory, or several, which are permuted in registers.
+      alignas(64) std::conditional_t<(GROUP < 64), Floats, float[LANES]> scales[R][T];
       stored.read(first, count, [&](int r, Floats scale, Floats low) {
         UNROLL for (int t = 0; t < T; ++t) {
           const int64_t own = (row + t) * p.blocks + first;
-          scales[r][t] = scale * load<Floats>(p.q_scale + own);
+          const Floats product = scale * load<Floats>(p.q_scale + own);
+          memcpy(&scales[r][t], &product, sizeof product);
           sums[r][t] += low * load<Floats>(p.q_sum + own);
         }
       });
@@ -174,8 +176,8 @@ struct CodeTile {
           UNROLL for (int r = 0; r < R; ++r) {
             __m512i a = _mm512_dpbusd_epi32(none, (__m512i)codes[r][0], low);
             __m512i b = _mm512_dpbusd_epi32(EACH == 1 ? a : none, (__m512i)codes[r][1], high);
-            if (EACH > 1) sums[r][t] += floats(a) * by_lane(scales[r][t], at);
-            sums[r][t] += floats(b) * by_lane(scales[r][t], next);
+            if (EACH > 1) sums[r][t] += floats(a) * by_lane(scales[r][t], at, g);
+            sums[r][t] += floats(b) * by_lane(scales[r][t], next, g + EACH / 2);
           }
         }
         at += EACH;
@@ -194,9 +196,11 @@ struct CodeTile {
     return Ints{};
   }
 
-  static INLINE Floats by_lane(Floats scales, Ints groups) {
+  // The scales of 64 products: those of `groups`, or of one group.
+  static INLINE Floats by_lane(Floats scales, Ints groups, int) {
     return (Floats)_mm512_permutexvar_ps((__m512i)groups, (__m512)scales);
   }
+  static INLINE Floats by_lane(const float (&scales)[LANES], Ints, int group) { return all(scales[group]); }
 
   // The codes of 128 weights.
   template <Hint HINT>
