@@ -27,6 +27,7 @@ from monoblock.checkpoint.gguf.files import opened
 from monoblock.checkpoint.gguf.header import read_gguf
 from monoblock.cli.info import describe
 from monoblock.cli.options import DownloadOptions
+from monoblock.conversion.convert import Options, convert
 from monoblock.errors import CheckpointError, HubError, UnsupportedConfig
 from monoblock.tokenization.protobuf import read_model
 
@@ -267,6 +268,12 @@ def test_saved_and_loaded_again(kind: str, tmp_path: Path) -> None:
     assert again.decoding_path() == "native step"
     plain = again.dequantize()
     check_weights(plain, expected, exact=False)
+    # As JAX and TensorFlow need it, by NumPy.
+    convert(tmp_path / "folder", tmp_path / "new", Options(dtype="float32"))
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    for name in (name for name, reference in expected.items() if reference.ndim == 2):
+        found = new.get_submodule(path_of(name, False)).weight
+        assert torch.equal(found, torch.from_numpy(restored(name, expected[name]))), name
 
 
 @torch.no_grad()

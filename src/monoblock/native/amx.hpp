@@ -352,11 +352,11 @@ inline void amx_pack(const Matrix& m, bool codes, int64_t output, int64_t from, 
   }
 }
 
-// The scales or lows of a group of 32 outputs as float32. The last output stands in for those beyond the end.
+// The scales or lows of a group, of at least AMX_STEP weights, of 32 outputs as float32. The last output stands in for those beyond the end.
 inline void amx_values(const Matrix& m, const void* values, int64_t output, int64_t groups, int64_t group, float* to) {
-  if (m.scale_format != HALF) {
+  if (m.scale_format == FLOAT) {
     for (int o = 0; o < 2 * SIDE; ++o)
-      to[o] = stored_scale(m, values, output + o < m.outputs ? output + o : m.outputs - 1, group);
+      to[o] = ((const float*)values)[(output + o < m.outputs ? output + o : m.outputs - 1) * groups + group];
     return;
   }
   alignas(64) uint16_t half[2 * SIDE];

@@ -82,10 +82,11 @@ inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
     const int64_t row = first + r < m.outputs ? first + r : m.outputs - 1;
     rows[r] = (const uint8_t*)m.data + row * row_bytes(m);
     to.bias[r] = bias_of(m, row);
+    const RowScales stored(m, row);
     for (int64_t g = 0; g < groups; ++g) {
-      const float scale = scale_of(m, row, g);
+      const float scale = stored.scale(g);
       to.scale[g * PANEL + r] = scale;
-      if (m.low) to.low[g * PANEL + r] = low_of(m, row, g) + (m.format == INT8 ? 128 * scale : 0);
+      if (m.low) to.low[g * PANEL + r] = stored.low(g) + (m.format == INT8 ? 128 * scale : 0);
     }
   }
   typedef uint8_t Codes __attribute__((vector_size(CHUNK_BYTES)));

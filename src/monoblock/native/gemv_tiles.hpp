@@ -241,6 +241,8 @@ struct CodeTile {
   template <Hint HINT, int R, int T, int PART>
   static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead, float (&out)[R][T]) {
     const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2;
+    RowScales stored[R];
+    for (int r = 0; r < R; ++r) stored[r] = RowScales(m, output + r * gap);
     const uint8_t* w = (const uint8_t*)m.data + output * bytes;
     const float *x = p.x + row * p.ldx, *block = p.q_sum + row * p.blocks;
     Floats sums[R][T] = {};
@@ -251,7 +253,7 @@ struct CodeTile {
       int shift = FORMAT == INT8 ? 0 : start % RUN / BLOCK * 4;
       for (int r = 0; r < R; ++r) {
         prefetch_ahead<HINT>(w + r * gap * bytes + at, ahead);
-        const float scale = scale_of(m, output + r * gap, group), low = low_of(m, output + r * gap, group);
+        const float scale = stored[r].scale(group), low = stored[r].low(group);
         Floats part[T] = {};
         for (int k = 0; k < PART; k += LANES) {
           Words codes = widen(load<Bytes>(w + r * gap * bytes + at + k));

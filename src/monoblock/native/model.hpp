@@ -155,11 +155,12 @@ inline void add_row(const Matrix& m, int64_t index, float* y) {
     return row.outliers([&](int column, uint16_t value) { y[column] += from_bf16(value); });
   }
   const uint8_t* codes = (const uint8_t*)m.data + index * row_bytes(m);
+  const matrices::RowScales stored(m, index);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t group = i / m.group;
     const int code = m.format == INT8 ? codes[i] : codes[i / RUN * BLOCK + i % BLOCK] >> (i % RUN / BLOCK * 4) & 15;
-    const float scale = scale_of(m, index, group);
-    y[i] += m.low ? scale * code + low_of(m, index, group) : scale * (code - zero_of(m));
+    const float scale = stored.scale(group);
+    y[i] += m.low ? scale * code + stored.low(group) : scale * (code - zero_of(m));
   }
 }
 

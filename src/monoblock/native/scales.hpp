@@ -24,19 +24,33 @@ INLINE int64_t scale_bytes(const Matrix& m) {
 // The code of 0 in the formats without `low`.
 INLINE int zero_of(const Matrix& m) { return m.format == INT8 ? 128 : 8; }
 
-// The number of a group, of an array of scales or lows.
-INLINE float stored_scale(const Matrix& m, const void* from, int64_t output, int64_t group) {
-  const int8_t* row = (const int8_t*)from + output * scale_bytes(m);
-  if (m.scale_format == FLOAT) return load<float>(row + group * 4);
-  if (m.scale_format == HALF) return from_half(load<uint16_t>(row + group * 2));
-  return from_half(load<uint16_t>(row + groups_of(m) + group * m.group / SUPER_BLOCK * 2)) * row[group];
-}
+// The scales and lows of a row of weights, one at a time.
+class RowScales {
+ public:
+  RowScales() = default;
+  RowScales(const Matrix& m, int64_t output)
+      : stored(ScaleFormat(m.scale_format)), zero(zero_of(m)), groups(groups_of(m)), each(SUPER_BLOCK / m.group) {
+    const int64_t bytes = scale_bytes(m);
+    scales = (const char*)m.scale + output * bytes, lows = m.low ? (const char*)m.low + output * bytes : nullptr;
+  }
 
-// The scale of a group, and what is added to its products of scale and code.
-INLINE float scale_of(const Matrix& m, int64_t output, int64_t group) { return stored_scale(m, m.scale, output, group); }
-INLINE float low_of(const Matrix& m, int64_t output, int64_t group) {
-  return m.low ? stored_scale(m, m.low, output, group) : -zero_of(m) * scale_of(m, output, group);
-}
+  // The scale of a group, and what is added to its products of scale and code.
+  INLINE float scale(int64_t group) const { return value(scales, group); }
+  INLINE float low(int64_t group) const { return lows ? value(lows, group) : -zero * value(scales, group); }
+
+ private:
+  INLINE float value(const char* row, int64_t group) const {
+    if (stored == FLOAT) return load<float>(row + group * 4);
+    if (stored == HALF) return from_half(load<uint16_t>(row + group * 2));
+    return from_half(load<uint16_t>(row + groups + group / each * 2)) * ((const int8_t*)row)[group];
+  }
+
+  const char *scales, *lows;
+  ScaleFormat stored;
+  int zero;
+  int64_t groups;
+  int each;  // groups of a super-block
+};
 
 #if defined(MB_INT8_DOT)
 constexpr int SCALES_AHEAD = 128;  // groups that are prefetched: hardware prefetchers do not follow so few bytes a row
