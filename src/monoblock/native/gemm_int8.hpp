@@ -17,8 +17,8 @@ constexpr int PANEL = 64;              // rows of weights of a panel
 constexpr int VECTORS = PANEL / SIDE;  // vectors of a register tile
 constexpr int TOKENS = 6;              // rows of inputs of a register tile: their integer sums fill 24 registers
 
-// A packed panel: codes (padded / 4, VECTORS, SIDE, 4), as signed integers (INT8 less 128, INT4 without a low less 8); scale, start, and low if the matrix has it
-// (groups, PANEL), which stands for a code of 0 here; bias (PANEL).
+// A packed panel: codes (padded / 4, VECTORS, SIDE, 4), those of INT8 less 128, those of INT4 without a low less 8; scale,
+// start, and low if the matrix has it (groups, PANEL), which stands for a code of 0 here; bias (PANEL).
 struct PackedPanel {
   uint8_t* codes;
   float *scale, *low, *bias;
@@ -41,19 +41,17 @@ struct PackedPanel {
 
 // Packs the rows [first, first + PANEL) of the matrix; the last row stands in for rows beyond its end.
 inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
-  const int64_t padded = round_up(m.inputs, RUN), groups = padded / m.group;
+  const int64_t padded = round_up(m.inputs, RUN);
   const int64_t bytes = row_bytes(m);
   const uint8_t* rows[PANEL];
   for (int r = 0; r < PANEL; ++r) {
     const int64_t row = first + r < m.outputs ? first + r : m.outputs - 1;
     rows[r] = (const uint8_t*)m.data + row * bytes;
     to.bias[r] = bias_of(m, row);
-    const RowScales stored(m, row);
-    for (int64_t g = 0; g < groups; ++g) {
-      const float scale = stored.scale(g);
+    RowScales(m, row).for_each([&](int64_t g, float scale, float low) {
       to.scale[g * PANEL + r] = scale;
-      if (m.low) to.low[g * PANEL + r] = stored.low(g) + (m.format == INT8 ? 128 * scale : 0);
-    }
+      if (m.low) to.low[g * PANEL + r] = low + (m.format == INT8 ? 128 * scale : 0);
+    });
   }
   typedef uint8_t Codes __attribute__((vector_size(64)));
   const uint8_t zero = m.low ? 0 : 8;  // of INT4

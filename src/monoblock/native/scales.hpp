@@ -38,12 +38,31 @@ class RowScales {
   INLINE float scale(int64_t group) const { return value(scales, group); }
   INLINE float low(int64_t group) const { return lows ? value(lows, group) : -zero * value(scales, group); }
 
+  // Calls `use(group, scale, low)` for all groups.
+  template <class F>
+  INLINE void for_each(F use) const {
+    if (stored != TWO_LEVEL) {
+      for (int64_t g = 0; g < groups; ++g) use(g, scale(g), low(g));
+      return;
+    }
+    for (int64_t first = 0; first < groups; first += each) {  // a super-block's number is converted once
+      const float of_scales = number(scales, first), of_lows = lows ? number(lows, first) : 0;
+      for (int64_t g = first; g < first + each; ++g) {
+        const float scale = of_scales * factor(scales, g);
+        use(g, scale, lows ? of_lows * factor(lows, g) : -zero * scale);
+      }
+    }
+  }
+
  private:
   INLINE float value(const char* row, int64_t group) const {
     if (stored == FLOAT) return load<float>(row + group * 4);
     if (stored == HALF) return from_half(load<uint16_t>(row + group * 2));
-    return from_half(load<uint16_t>(row + groups + group / each * 2)) * ((const int8_t*)row)[group];
+    return number(row, group) * factor(row, group);
   }
+  // Of TWO_LEVEL.
+  INLINE float number(const char* row, int64_t group) const { return from_half(load<uint16_t>(row + groups + group / each * 2)); }
+  INLINE float factor(const char* row, int64_t group) const { return ((const int8_t*)row)[group]; }
 
   const char *scales, *lows;
   ScaleFormat stored;
