@@ -1,4 +1,5 @@
-"""Quantised matrices as other tools make them: groups of 16 to 128, scales in float32, 8 bits with a low."""
+"""Quantised matrices as other tools make them: groups of 16 to 128, scales in float32 or of two levels, 8 bits
+with a low, 4 bits without."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from test_packing import by_hand
 from tiny_families import randomised
+from torch import Tensor
 
 import monoblock
 from monoblock import native
@@ -20,55 +21,82 @@ from monoblock.backends.pytorch.quantization import formats
 from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.backends.pytorch.quantization.modules import quantized_module
 from monoblock.backends.pytorch.quantization.quantize import matrices
+from monoblock.checkpoint.packed import GROUPS, SUPER_BLOCK, TWO_LEVEL, TWO_LEVEL_GROUPS
 from monoblock.quantization import WeightOnlyConfig
 
 torch.set_num_threads(1)
 
-# Bits, group, low, float32 scales.
-FORMS = [
-    (bits, group, low, wide)
-    for bits, group, low, wide in itertools.product((8, 4), formats.GROUPS, (False, True), (False, True))
-    if low or bits == 8
+# Bits, group, low, the dtype of scales.
+Form = tuple[int, int, bool, str]
+FORMS: list[Form] = [
+    *itertools.product((8, 4), GROUPS, (False, True), ("F16", "F32")),
+    *itertools.product((8, 4), TWO_LEVEL_GROUPS, (False, True), (TWO_LEVEL,)),
 ]
 # Activations in 8 bits, or none: measured up to 0.006 and 2e-7 of the product's norm.
 BOUNDS = {True: 0.01, False: 1e-6}
 
 
-def random_matrix(
-    outputs: int, inputs: int, form: tuple[int, int, bool, bool], seed: int = 0
-) -> QuantizedTensor:
+def random_matrix(outputs: int, inputs: int, form: Form, seed: int = 0) -> QuantizedTensor:
     """Random codes in a format, with weights of a standard deviation of about 1 / sqrt(inputs)."""
-    bits, group, low, wide = form
+    bits, group, low, stored = form
     random = torch.Generator().manual_seed(seed)
     padded = -(-inputs // 128) * 128
     codes = torch.randint(0, 256, (outputs, padded * bits // 8), generator=random, dtype=torch.uint8)
     steps = (1 << bits) / 3.5 * inputs**0.5  # the deviation of uniform codes is their number / 3.5
-    dtype = torch.float32 if wide else torch.float16
     scale = (0.5 + torch.rand(outputs, padded // group, generator=random)) / steps
     # Not in the middle of the codes, so that the sum of low times inputs counts.
     lows = -scale * (1 << bits) * (0.3 + 0.3 * torch.rand(scale.shape, generator=random))
-    return QuantizedTensor(codes, scale.to(dtype), lows.to(dtype) if low else None, bits, group, inputs)
+    made = (as_stored(x, stored, SUPER_BLOCK // group) for x in (scale, lows))
+    return QuantizedTensor(codes, next(made), next(made) if low else None, bits, group, inputs)
+
+
+def as_stored(values: Tensor, stored: str, groups: int) -> Tensor:
+    """Values (outputs, groups of a row) as scales are stored; `groups`: those of a super-block."""
+    if stored != TWO_LEVEL:
+        return values.to(formats.SCALES[stored])
+    blocks = values.unflatten(1, (-1, groups))
+    number = (blocks.abs().amax(-1) / 100).half()
+    factors = (blocks / number.float()[..., None]).round().to(torch.int8).flatten(1)
+    return torch.cat((factors.view(torch.uint8), number.view(torch.uint8)), dim=1)
+
+
+def values_of(stored: Tensor, group: int) -> Tensor:
+    """The values (outputs, groups of a row) again, by another way than the library's."""
+    if stored.dtype != torch.uint8:
+        return stored.float()
+    each = SUPER_BLOCK // group
+    blocks = stored.shape[1] // (each + 2)
+    numbers = stored[:, blocks * each :].contiguous().view(torch.float16)
+    return torch.stack(
+        [stored[:, i].view(torch.int8).float() * numbers[:, i // each].float() for i in range(blocks * each)],
+        1,
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_weights(form: tuple[int, int, bool, bool]) -> None:
+def test_weights(form: Form) -> None:
+    bits, group, has_low, _ = form
     packed = random_matrix(3, 200, form)
-    found = packed.unpack(torch.float32)
-    if form[0] == 4 or not form[2]:
-        torch.testing.assert_close(found, torch.from_numpy(by_hand(packed)), rtol=1e-6, atol=1e-7)
+    codes = packed.codes
+    if bits == 4:
+        runs = codes.unflatten(1, (-1, 64))
+        codes = torch.cat((runs & 15, runs >> 4), -1).flatten(1)
+    assert packed.scale is not None and (packed.low is not None) == has_low
+    scale = values_of(packed.scale, group).repeat_interleave(group, 1)
+    if packed.low is None:
+        expected = (codes.float() - (8 if bits == 4 else 128)) * scale
     else:
-        assert packed.scale is not None and packed.low is not None
-        scale, low = (t.float().repeat_interleave(form[1], 1)[:, :200] for t in (packed.scale, packed.low))
-        torch.testing.assert_close(found, packed.codes[:, :200] * scale + low)
+        expected = codes * scale + values_of(packed.low, group).repeat_interleave(group, 1)
+    torch.testing.assert_close(packed.unpack(torch.float32), expected[:, :200])
     again = QuantizedTensor.of(packed.tensors(), 200)
     assert again[3:] == packed[3:]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_product(level: str, form: tuple[int, int, bool, bool]) -> None:
+def test_product(level: str, form: Form) -> None:
     """By the kernels for few rows and for many, on each instruction set, in float32 and bfloat16."""
-    inputs, outputs = 328, 71
+    inputs, outputs = 728, 71  # 3 super-blocks
     packed = random_matrix(outputs, inputs, form)
     weight = packed.unpack(torch.float32)
     for rows in (1, 3, 12, 40):
@@ -83,17 +111,19 @@ def test_product(level: str, form: tuple[int, int, bool, bool]) -> None:
 
 
 def test_formats_that_do_not_exist() -> None:
-    for codes, scales in ((384, 2), (128, 8), (384, 5)):
+    for codes, scales, two_level in ((384, 2, False), (128, 8, False), (384, 5, False), (384, 12, True)):
         with pytest.raises(ValueError, match="bytes of codes"):
-            formats.form_of(codes, scales, 300)
+            formats.form_of(codes, scales, 300, two_level)
 
 
-@pytest.mark.parametrize("form", [(4, 32, True, False), (8, 16, True, True), (8, 32, False, False)])
+@pytest.mark.parametrize(
+    "form", [(4, 32, True, "F16"), (4, 32, False, "F16"), (8, 16, True, "F32"), (4, 32, True, TWO_LEVEL)]
+)
 @torch.no_grad()
-def test_models(level: str, form: tuple[int, int, bool, bool]) -> None:
+def test_models(level: str, form: Form) -> None:
     """The native step, prompts and documents without padding, against the dequantised model."""
-    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 99}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": None}
+    sizes = {"hidden_size": 144, "intermediate_size": 240, "num_hidden_layers": 2, "vocab_size": 99}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 36, "sliding_window": None}
     model = randomised(monoblock.MistralForCausalLM(monoblock.MistralConfig(**sizes, **heads))).eval()
     for seed, (name, module) in enumerate(matrices(model).items()):
         packed = random_matrix(*module.get_parameter("weight").shape, form, seed)

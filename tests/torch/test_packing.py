@@ -11,12 +11,13 @@ from monoblock import native
 from monoblock.backends.pytorch.kernels.linear import quantized_linear
 from monoblock.backends.pytorch.quantization import formats
 from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
+from monoblock.checkpoint.packed import GROUPS
 
 torch.set_num_threads(1)
 
 # Rows of whole runs, a run and a rest, less than a group, and one weight.
 SHAPES = [(5, 256), (3, 200), (7, 36), (2, 1)]
-FORMS = [(bits, group) for bits in formats.BITS for group in formats.GROUPS]
+FORMS = [(bits, group) for bits in formats.BITS for group in GROUPS]
 
 
 def matrix(outputs: int, inputs: int, seed: int = 0, std: float = 0.02) -> torch.Tensor:
@@ -79,7 +80,7 @@ def test_quantisation_error(dtype: torch.dtype) -> None:
     assert errors[8] < 0.008 and errors[4] < 0.1
 
 
-@pytest.mark.parametrize("group", formats.GROUPS)
+@pytest.mark.parametrize("group", GROUPS)
 def test_four_bits_beat_rounding_to_the_nearest(group: int) -> None:
     """By the error that the search minimises; what it is worth in perplexity is in docs/quantization.md."""
     weight = matrix(64, 512)

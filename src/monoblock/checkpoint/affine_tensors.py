@@ -11,7 +11,15 @@ from typing import ClassVar
 import numpy as np
 
 from monoblock.checkpoint import casts
-from monoblock.checkpoint.packed import Array, PackedForm, common_form, fused_members, pack_codes, pack_groups
+from monoblock.checkpoint.packed import (
+    ZEROS,
+    Array,
+    PackedForm,
+    common_form,
+    fused_members,
+    pack_codes,
+    pack_groups,
+)
 from monoblock.checkpoint.quantized_view import QuantizedView
 from monoblock.checkpoint.weights import Tensors
 
@@ -32,7 +40,7 @@ class AffineTensors(QuantizedView):
         self.names = names = dict.fromkeys(tensors)
         stems = self.stems()
         self.shapes = {stem: self.checked_shape(stem) for stem in stems}
-        own = {stem: self.own_form(stem) for stem in stems}
+        own = self._own = {stem: self.own_form(stem) for stem in stems}
         stored = {f"{stem}{end}" for stem in stems for end in self.endings}
         self.parts = {name: None for name in names if name not in stored}
         dense: list[str] = []
@@ -95,9 +103,12 @@ class AffineTensors(QuantizedView):
             # A group of a whole row ends with the row's padding.
             size = self.group(stem) if self.group(stem) % form.group == 0 else -(-shape[1] // 128) * 128
             return pack_groups(values, size, shape[1], form)
-        made = np.empty(form.shape(part, shape), np.uint8)
+        made, own = np.empty(form.shape(part, shape), np.uint8), self._own[stem]
+        assert own is not None
+        # Without a low, the code of 0 is that of the format.
+        shift = np.uint8(0 if form.low else ZEROS[form.bits] - ZEROS[own.bits])
         for rows in self._chunks(stem):
-            made[rows] = pack_codes(self.codes(stem, rows), form.bits)
+            made[rows] = pack_codes(self.codes(stem, rows) + shift, form.bits)
         return made
 
     def dequantised(self, stem: str) -> Array:

@@ -10,14 +10,14 @@ import numpy as np
 
 from monoblock.checkpoint import quantized
 from monoblock.checkpoint.keymap import KeyMap
-from monoblock.checkpoint.packed import RUN, Array
+from monoblock.checkpoint.packed import RUN, ZEROS, Array, group_of, scale_values
 from monoblock.checkpoint.weights import Shape, Tensors, stored_shapes
 from monoblock.errors import CheckpointError, ShapeMismatch
 
 
 class DequantizedTensors:
     """Tensors with each quantised matrix `X.weight`, of components `X.weight.codes` and so on, as float32:
-    scale * code + low, or scale * (code - 128) without a low. `fit` gives the matrices' shapes first."""
+    scale * code + low, or scale * (code - zero) without a low. `fit` gives the matrices' shapes first."""
 
     def __init__(self, tensors: Tensors):
         self._tensors = tensors
@@ -93,15 +93,21 @@ class DequantizedTensors:
         )
         assert codes is not None and scale is not None
         padded = -(-inputs // RUN) * RUN
-        if codes.shape[1] != padded:  # 4 bits: byte j of 64 holds the weights j and j + 64 of a run
+        bits = codes.shape[1] * 8 // padded
+        if bits == 4:  # byte j of 64 holds the weights j and j + 64 of a run
             halves = codes.reshape(outputs, -1, RUN // 2)
             codes = np.concatenate((halves & 15, halves >> 4), axis=2).reshape(outputs, padded)
-        group = padded // scale.shape[1]
+        group = group_of(scale.shape[1], padded, two_level=scale.dtype == np.uint8)
+        if group is None:
+            raise ShapeMismatch(
+                f"{name} in {self.path(name).name} has {scale.shape[1]} scales in rows of {inputs} weights, which is "
+                "no known format of quantised weights"
+            )
         made = codes.astype(np.float32).reshape(outputs, -1, group)
         if low is None:
-            made -= 128
-        made *= scale.astype(np.float32)[..., None]
+            made -= ZEROS[bits]
+        made *= scale_values(scale, group, padded)[..., None]
         if low is not None:
-            made += low.astype(np.float32)[..., None]
+            made += scale_values(low, group, padded)[..., None]
         made = made.reshape(outputs, padded)[:, :inputs]
         return np.ascontiguousarray(made.T if name in self._transposed else made)

@@ -57,7 +57,8 @@ class MlxTensors(AffineTensors):
 
     def own_form(self, stem: str) -> PackedForm | None:
         form, kinds = self._how.of(stem), {self.tensors.dtype(f"{stem}{end}") for end in ENDINGS[1:]}
-        return PackedForm(bits=kept_bits(form.bits), group=form.group, low=True, wide=kinds != {"F16"})
+        scales = "F16" if kinds == {"F16"} else "F32"
+        return PackedForm(bits=kept_bits(form.bits), group=form.group, low=True, scales=scales)
 
     def group(self, stem: str) -> int:
         return self._how.of(stem).group

@@ -1,8 +1,11 @@
 """The layout of quantised matrices that were quantised by other tools, as NumPy arrays.
 
 A matrix (outputs, inputs), with inputs padded to a multiple of 128, is `codes` uint8 (outputs, padded) in 8 bits or
-(outputs, padded / 2) in 4 bits, `scale` (outputs, padded / group) and, if zero is not code 128, `low`. The same as
+(outputs, padded / 2) in 4 bits, `scale` (outputs, padded / group) and, unless code 128 or 8 is 0, `low`. The same as
 backends/pytorch/quantization/formats.py, whose docstring has the formulas.
+
+Scales and lows are float16, float32 or two-level: in each row first an int8 factor per group, then an fp16 number per
+super-block of 256 weights, all as bytes. The value of a group is their product.
 """
 
 from __future__ import annotations
@@ -17,21 +20,23 @@ from monoblock.checkpoint.quantized import COMPONENTS
 
 Array = np.ndarray[Any, Any]
 RUN = 128  # inputs are padded to a multiple of this
+SUPER_BLOCK = 256  # weights that share an fp16 number in two-level scales
+TWO_LEVEL = "U8"
+GROUPS, TWO_LEVEL_GROUPS = (16, 32, 64, 128), (16, 32)
+ZEROS = {8: 128, 4: 8}  # bits -> the code of 0 without a low
 # Matrices that one product multiplies by, which therefore have one format.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("Wq", "Wk", "Wv"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedForm:
-    """The format of a quantised matrix: bits, group, whether it has `low`, and whether scale and low are float32."""
+    """The format of a quantised matrix: bits, group, whether it has `low`, and the dtype that stores scale and low
+    ("F16", "F32", or TWO_LEVEL), by safetensors' name."""
 
     bits: int
     group: int
     low: bool
-    wide: bool
-
-    def __post_init__(self) -> None:
-        assert self.low or self.bits == 8
+    scales: str
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -40,12 +45,25 @@ class PackedForm:
 
     def dtype(self, component: str) -> str:
         """The safetensors name of a component's dtype."""
-        return "U8" if component == "codes" else "F32" if self.wide else "F16"
+        return "U8" if component == "codes" else self.scales
 
     def shape(self, component: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a component of a matrix of that shape."""
         padded = -(-shape[1] // RUN) * RUN
-        return shape[0], padded * self.bits // 8 if component == "codes" else padded // self.group
+        if component == "codes":
+            return shape[0], padded * self.bits // 8
+        return shape[0], scale_width(padded, self.group, two_level=self.scales == TWO_LEVEL)
+
+
+def scale_width(padded: int, group: int, *, two_level: bool) -> int:
+    """The elements of a row of scales or lows."""
+    return padded // group + (padded // SUPER_BLOCK * 2 if two_level else 0)
+
+
+def group_of(width: int, padded: int, *, two_level: bool) -> int | None:
+    """The group of a matrix whose rows have so many elements of scales; None: there is no such format."""
+    groups = TWO_LEVEL_GROUPS if two_level and padded % SUPER_BLOCK == 0 else () if two_level else GROUPS
+    return next((g for g in groups if scale_width(padded, g, two_level=two_level) == width), None)
 
 
 def fused_members(stem: str) -> list[str]:
@@ -59,13 +77,14 @@ def common_form(forms: Iterable[PackedForm]) -> PackedForm:
     """The format that holds matrices of all these formats, so that one product can multiply by them."""
     forms = tuple(forms)
     low = any(form.low for form in forms)
-    # A low that is computed from a scale may exceed fp16.
-    derived = low and len(set(forms)) > 1
+    scales = {form.scales for form in forms}
+    # A low that is computed from a scale may exceed fp16; a power of two times an fp16 number of two levels does not.
+    derived = low and len(set(forms)) > 1 and scales != {TWO_LEVEL}
     return PackedForm(
         bits=max(form.bits for form in forms),
         group=min(form.group for form in forms),
         low=low,
-        wide=derived or any(form.wide for form in forms),
+        scales="F32" if derived or len(scales) > 1 else scales.pop(),
     )
 
 
@@ -88,4 +107,14 @@ def pack_groups(values: Array, size: int, inputs: int, form: PackedForm) -> Arra
     values = values[:, : padded // group]
     if values.shape[1] < padded // group:
         values = np.pad(values, ((0, 0), (0, padded // group - values.shape[1])))
-    return np.require(values, np.float32 if form.wide else np.float16, ["C", "W"])
+    return np.require(values, np.float32 if form.scales == "F32" else np.float16, ["C", "W"])
+
+
+def scale_values(stored: Array, group: int, padded: int) -> Array:
+    """The float32 values (rows, groups) of a matrix's scales or lows, as a form stores them."""
+    if stored.dtype != np.uint8:
+        return stored.astype(np.float32)
+    groups = padded // group
+    factors = stored[:, :groups].view(np.int8).astype(np.float32)
+    halves = np.ascontiguousarray(stored[:, groups:]).view("<f2").astype(np.float32)
+    return factors * np.repeat(halves, SUPER_BLOCK // group, axis=1)

@@ -31,7 +31,15 @@ from monoblock.checkpoint import casts
 from monoblock.checkpoint.bnb_tensors import STATE
 from monoblock.checkpoint.mlx_config import MLX
 from monoblock.checkpoint.mlx_tensors import is_mlx
-from monoblock.checkpoint.packed import RUN, Array, PackedForm, fused_members, pack_codes, pack_groups
+from monoblock.checkpoint.packed import (
+    GROUPS,
+    RUN,
+    Array,
+    PackedForm,
+    fused_members,
+    pack_codes,
+    pack_groups,
+)
 from monoblock.checkpoint.packed_config import BITSANDBYTES, COMPRESSED, PackedDeclaration
 from monoblock.checkpoint.quantized_view import QuantizedView, as_array
 from monoblock.checkpoint.torchao_config import TORCHAO
@@ -57,7 +65,6 @@ _MORE = (
     ".output_scale",
     ".output_zero_point",
 )
-_GROUPS = (16, 32, 64, 128)
 _AWQ_ORDER = np.array((0, 4, 1, 5, 2, 6, 3, 7))  # where the outputs of a word are
 _CHUNK = 1 << 21  # weights that are unpacked at a time
 
@@ -182,12 +189,12 @@ class PackedTensors(QuantizedView):
         how = self._how
         size = how.group or RUN
         group = RUN if size % RUN == 0 else size
-        if group not in _GROUPS or not self._consecutive(stem):
+        if group not in GROUPS or not self._consecutive(stem):
             return None
         short = self.tensors.dtype(stem + self._scales_end) == "F16" and how.layout != "scb"
-        middle = how.symmetric  # then low is a power of two times the scale
-        low = not (middle and how.bits == 8)
-        return PackedForm(bits=how.bits, group=group, low=low, wide=not (short and middle))
+        middle = how.symmetric
+        scales = "F16" if short and middle else "F32"
+        return PackedForm(bits=how.bits, group=group, low=not middle, scales=scales)
 
     def _consecutive(self, stem: str) -> bool:
         """Whether each group has consecutive inputs."""

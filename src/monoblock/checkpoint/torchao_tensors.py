@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from monoblock.checkpoint.affine_tensors import AffineTensors
-from monoblock.checkpoint.packed import RUN, Array, PackedForm
+from monoblock.checkpoint.packed import GROUPS, RUN, Array, PackedForm
 from monoblock.checkpoint.quantized_view import as_array
 from monoblock.checkpoint.torchao_config import member
 from monoblock.checkpoint.weights import Tensors
@@ -26,7 +26,6 @@ from monoblock.field_types import brief
 
 _QDATA, _SCALE, _ZERO = "._weight_qdata", "._weight_scale", "._weight_zero_point"
 _CLASSES = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
-_GROUPS = (16, 32, 64, RUN)
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class _Matrix:
 
 
 class TorchaoTensors(AffineTensors):
-    """A store's tensors, with torchao's matrices as codes, scale and, where it is not code 128, low. `metadata`: of the
-    files."""
+    """A store's tensors, with torchao's matrices as codes, scale and, where zero points are not the middle code, low.
+    `metadata`: of the files."""
 
     codes_end, endings = _QDATA, (_QDATA, _SCALE, _ZERO)
 
@@ -105,12 +104,12 @@ class TorchaoTensors(AffineTensors):
         matrix, inputs = self._matrices[stem], self.shapes[stem][1]
         whole = matrix.group == inputs or matrix.group % RUN == 0
         group = RUN if whole else matrix.group
-        if group not in _GROUPS:
+        if group not in GROUPS:
             return None
         middle = not self._zeros(stem).any()
         short = self.tensors.dtype(stem + _SCALE) == "F16" and middle
         bits = 4 if matrix.bits <= 4 else 8
-        return PackedForm(bits=bits, group=group, low=bits == 4 or not middle, wide=not short)
+        return PackedForm(bits=bits, group=group, low=not middle, scales="F16" if short else "F32")
 
     def group(self, stem: str) -> int:
         return self._matrices[stem].group

@@ -28,7 +28,7 @@ struct LayoutEntry {
 constexpr LayoutEntry LAYOUT[] = {
     STRUCT(Matrix), FIELD(Matrix, data), FIELD(Matrix, scale), FIELD(Matrix, low), FIELD(Matrix, bias),
         FIELD(Matrix, outputs), FIELD(Matrix, inputs), FIELD(Matrix, format), FIELD(Matrix, group),
-        FIELD(Matrix, bias_format), FIELD(Matrix, wide),
+        FIELD(Matrix, bias_format), FIELD(Matrix, scale_format),
     STRUCT(ReadPlan), FIELD(ReadPlan, hint), FIELD(ReadPlan, distance), FIELD(ReadPlan, streams), FIELD(ReadPlan, chunks),
     STRUCT(AttentionCall), FIELD(AttentionCall, q), FIELD(AttentionCall, k), FIELD(AttentionCall, v),
         FIELD(AttentionCall, out), FIELD(AttentionCall, q_strides), FIELD(AttentionCall, k_strides),

@@ -23,6 +23,8 @@ from typing import Any
 
 # `Format` of matrix.hpp.
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
+# `ScaleFormat` of scales.hpp, by the dtype that stores scales and lows.
+SCALE_FORMATS = {"float16": 0, "float32": 1, "uint8": 2}
 
 # Strides (batch, head, token), in elements.
 Strides = c_int64 * 3
@@ -47,7 +49,7 @@ class Matrix(Structure):
     _fields_ = _fields(
         (c_void_p, "data scale low bias"),
         (c_int64, "outputs inputs"),
-        (c_int32, "format group bias_format wide"),
+        (c_int32, "format group bias_format scale_format"),
     )
 
 

@@ -126,7 +126,7 @@ struct AmxInputs {
 
   template <class X>
   void prepare_codes(const Matrix& m, const X* x, int64_t ldx, int count, int64_t block) const {
-    const __m512i offset = _mm512_set1_epi8(char(128));
+    const __m512i zero = _mm512_set1_epi8(char(zero_of(m)));
     char* to = tiles + block * steps * AMX_TILE;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t k = g * m.group, at = (block * groups + g) * SIDE, left = m.inputs - k;
@@ -148,10 +148,10 @@ struct AmxInputs {
         transpose(v);
         UNROLL for (int r = 0; r < SIDE; ++r) {
           store(to + r * 64, v[r]);
-          sums = _mm512_dpbusd_epi32(sums, offset, (__m512i)v[r]);
+          sums = _mm512_dpbusd_epi32(sums, zero, (__m512i)v[r]);
         }
       }
-      // A code of INT8 without `low` stands for itself - 128.
+      // Without `low`, a code stands for itself less that of 0.
       store(start + at, m.low ? Ints{} : Ints{} - (Ints)sums);
     }
   }
@@ -352,9 +352,9 @@ inline void amx_pack(const Matrix& m, bool codes, int64_t output, int64_t from, 
   }
 }
 
-// The scales or lows of a group of 32 outputs as float32. The last output stands in for those beyond the end.
+// The scales or lows of a group, of at least AMX_STEP weights, of 32 outputs as float32. The last output stands in for those beyond the end.
 inline void amx_values(const Matrix& m, const void* values, int64_t output, int64_t groups, int64_t group, float* to) {
-  if (m.wide) {
+  if (m.scale_format == FLOAT) {
     for (int o = 0; o < 2 * SIDE; ++o)
       to[o] = ((const float*)values)[(output + o < m.outputs ? output + o : m.outputs - 1) * groups + group];
     return;

@@ -54,8 +54,8 @@ INLINE void int8_tile(const uint64_t* w, const uint64_t* x, int chunks, int32x4_
 }
 #endif
 
-// A packed panel: chunks of codes (padded / 8, PANEL), those of INT8 less 128; scale, and low if the matrix has it (groups,
-// PANEL), which stands for a code of 0 here; bias (PANEL).
+// A packed panel: chunks of codes (padded / 8, PANEL), those of INT8 less 128, those of INT4 without a low less 8; scale, and
+// low if the matrix has it (groups, PANEL), which stands for a code of 0 here; bias (PANEL).
 struct PackedPanel {
   uint64_t* codes;
   float *scale, *low, *bias;
@@ -76,18 +76,19 @@ struct PackedPanel {
 
 // Packs the rows [first, first + PANEL) of the matrix; the last row stands in for rows beyond its end.
 inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
-  const int64_t padded = round_up(m.inputs, RUN), groups = padded / m.group;
+  const int64_t padded = round_up(m.inputs, RUN);
   const uint8_t* rows[PANEL];
   for (int r = 0; r < PANEL; ++r) {
     const int64_t row = first + r < m.outputs ? first + r : m.outputs - 1;
     rows[r] = (const uint8_t*)m.data + row * row_bytes(m);
     to.bias[r] = bias_of(m, row);
-    for (int64_t g = 0; g < groups; ++g) {
-      const float scale = scale_of(m, row * groups + g);
+    RowScales(m, row).for_each([&](int64_t g, float scale, float low) {
       to.scale[g * PANEL + r] = scale;
-      if (m.low) to.low[g * PANEL + r] = low_of(m, row * groups + g) + (m.format == INT8 ? 128 * scale : 0);
-    }
+      if (m.low) to.low[g * PANEL + r] = low + (m.format == INT8 ? 128 * scale : 0);
+    });
   }
+  typedef uint8_t Codes __attribute__((vector_size(CHUNK_BYTES)));
+  const uint8_t zero = m.low ? 0 : 8;  // of INT4
   for (int side = 0; side < PANEL; side += ACROSS)
     for (int64_t k = 0; k < padded; k += CHUNK_BYTES) {
       uint64_t* chunk = to.codes + k / CHUNK_BYTES * PANEL + side;
@@ -97,7 +98,7 @@ inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
         const int64_t at = k / RUN * BLOCK + k % BLOCK;
         const int shift = k % RUN / BLOCK * 4;
         UNROLL for (int r = 0; r < ACROSS; ++r)
-          chunk[r] = load<uint64_t>(rows[side + r] + at) >> shift & 0x0f0f0f0f0f0f0f0fu;
+          chunk[r] = (uint64_t)((Codes)(load<uint64_t>(rows[side + r] + at) >> shift & 0x0f0f0f0f0f0f0f0fu) - zero);
       }
     }
 }

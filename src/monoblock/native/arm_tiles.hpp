@@ -7,13 +7,12 @@ namespace matrices {
 // One instruction multiplies LANES * 4 codes by as many inputs and adds them in fours to LANES integers. It multiplies signed
 // integers, so codes of 8 bits are taken less 128. With x = q * q_scale in a group,
 //   sum(w x) = scale * q_scale * sum(code * q) + low * q_scale * sum(q),
-// where `low` is 0 if INT8 has none, and has 128 * scale added if it has one.
+// where `low` is 0 if INT8 has none, and has 128 * scale added if it has one, and is -8 * scale if INT4 has none.
 template <int32_t CODES>
 struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
-  static constexpr int PANEL = 64;          // groups whose scales are converted at once
-  static constexpr int STEP = LANES * 4;    // codes of a vector
-  static constexpr int SCALES_AHEAD = 128;  // elements; hardware prefetchers do not follow so few bytes a row
+  static constexpr int PANEL = 64;        // groups whose scales are converted at once
+  static constexpr int STEP = LANES * 4;  // codes of a vector
 
   template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
@@ -33,11 +32,21 @@ struct CodeTile {
     const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2, groups = p.padded / GROUP;
     const uint8_t* w = (const uint8_t*)m.data + output * bytes;
     const int8_t* x = p.q + row * p.padded;
+    const TileScales<R, GROUP> stored(m, output, gap);
     Floats sums[R][T] = {};
     for (int64_t first = 0; first < groups; first += PANEL) {
       const int count = groups - first < PANEL ? int(groups - first) : PANEL;
       float scales[R][T][PANEL];
-      scale<R, T>(m, p, output, gap, row, first, count, scales, sums);
+      // scale * q_scale of each group; the terms of `low` are added to the sums.
+      for (int g = 0; g < count; g += LANES)
+        stored.read(first + g, count - g, [&](int r, Floats scale, Floats low) {
+          if (FORMAT == INT8) low += scale * 128.0f;
+          UNROLL for (int t = 0; t < T; ++t) {
+            const int64_t own = (row + t) * p.blocks + first + g;
+            store(scales[r][t] + g, scale * load<Floats>(p.q_scale + own));
+            if (FORMAT == INT4 || m.low) sums[r][t] += low * load<Floats>(p.q_sum + own);
+          }
+        });
       for (int g = 0; g < count; g += EACH) {
         const int64_t k = (first + g) * GROUP;
         run_of<HINT, R, T, GROUP>(w + (FORMAT == INT8 ? k : k / 2), gap * bytes, x + k, p.padded, scales, g, ahead, sums);
@@ -100,37 +109,6 @@ struct CodeTile {
     } else {
       codes[0] = (Quads)(first & 15), codes[1] = (Quads)(first >> 4);
     }
-  }
-
-  // scales = scale * q_scale of each group; sums += the terms of `low`.
-  template <int R, int T>
-  static INLINE void scale(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t first, int count,
-                           float (&scales)[R][T][PANEL], Floats (&sums)[R][T]) {
-    const int64_t groups = groups_of(m);
-    for (int g = 0; g < count; g += LANES)
-      UNROLL for (int r = 0; r < R; ++r) {
-        const int64_t at = (output + r * gap) * groups + first + g;
-        const Floats scale = values(m, m.scale, at, count - g);
-        UNROLL for (int t = 0; t < T; ++t)
-          store(scales[r][t] + g, scale * load<Floats>(p.q_scale + (row + t) * p.blocks + first + g));
-        if (!m.low) continue;
-        Floats low = values(m, m.low, at, count - g);
-        if (FORMAT == INT8) low += scale * 128.0f;
-        UNROLL for (int t = 0; t < T; ++t) sums[r][t] += low * load<Floats>(p.q_sum + (row + t) * p.blocks + first + g);
-      }
-  }
-
-  // Up to LANES scales or lows from index `at` on as floats, padded with zeros.
-  static INLINE Floats values(const Matrix& m, const void* from, int64_t at, int count) {
-    const float* wide = (const float*)from + at;
-    const uint16_t* half = (const uint16_t*)from + at;
-    if (count >= LANES) {
-      if (m.wide) return __builtin_prefetch(wide + SCALES_AHEAD), load<Floats>(wide);
-      return __builtin_prefetch(half + SCALES_AHEAD), arm::from_half(load<Halves>(half));
-    }
-    float some[LANES] = {};
-    for (int i = 0; i < count; ++i) some[i] = m.wide ? wide[i] : matrices::from_half(half[i]);
-    return load<Floats>(some);
   }
 };
 

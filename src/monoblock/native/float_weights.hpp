@@ -14,21 +14,19 @@ inline void convert_to_float(const uint16_t* x, int64_t inputs, float* to) {
 template <Format FORMAT, int PART, class T>
 inline void dequantise_as(const Matrix& m, int64_t output, int64_t k, int64_t count, T* to) {
   const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
-  const int64_t groups = output * groups_of(m);
-  // Without `low`, codes of 8 bits are first made signed: then the product is rounded once.
-  const float middle = m.low ? 0.0f : 128.0f;
+  const RowScales stored(m, output);
+  // Without `low`, codes are first made signed: then the product is rounded once.
+  const float zero = m.low ? 0.0f : zero_of(m);
   for (int64_t start = k; start < k + count; start += PART, to += PART) {
-    const int64_t group = groups + start / m.group;
-    const float scale = scale_of(m, group), low = m.low ? low_of(m, group) : 0.0f;
+    const int64_t group = start / m.group;
+    const float scale = stored.scale(group), low = m.low ? stored.low(group) : 0.0f;
     // The low nibbles of a run are its first 64 codes, the high nibbles the others.
     const bool high = start % RUN >= BLOCK;
     const uint8_t* block = FORMAT == INT8 ? codes + start : codes + start / RUN * BLOCK + start % BLOCK;
     UNROLL for (int i = 0; i < PART; i += LANES) {
       const Words code = widen(load<Bytes>(block + i));
-      if (FORMAT == INT8)
-        write(to + i, (__builtin_convertvector((Ints)code, Floats) - middle) * scale + low);
-      else
-        write(to + i, __builtin_convertvector((Ints)(high ? code >> 4 : code & 15u), Floats) * scale + low);
+      const Words own = FORMAT == INT8 ? code : high ? code >> 4 : code & 15u;
+      write(to + i, (__builtin_convertvector((Ints)own, Floats) - zero) * scale + low);
     }
   }
 }

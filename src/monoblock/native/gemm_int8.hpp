@@ -5,8 +5,8 @@
 // to all lanes. The block has all inputs and stays in L2, or a run of 128 and stays in L1 if there are few rows. The sums of a group stay integers in registers, no
 // horizontal sums are needed, and each group is scaled once for 16 outputs.
 //
-// The instruction multiplies unsigned codes by signed inputs. For INT8, whose codes stand for code - 128, the integer sums of a
-// group start at -128 times the sum of its inputs. The order of the additions is that of CodeTile in gemv_tiles.hpp.
+// The instruction multiplies unsigned codes by signed inputs. Where codes stand for themselves less 128 or 8, the integer sums of
+// a group start at that many times the sum of its inputs, negated. The order of the additions is that of CodeTile in gemv_tiles.hpp.
 #pragma once
 
 #if defined(__AVX512VNNI__)
@@ -41,13 +41,6 @@ struct PackedPanel {
   }
 };
 
-// The scales or lows of up to 16 groups from group `at` on, counted through all rows, as floats.
-inline Floats group_values(const Matrix& m, const void* from, int64_t at, int64_t count) {
-  const __mmask16 mask = count < 16 ? (1u << count) - 1 : 0xffffu;
-  if (m.wide) return (Floats)_mm512_maskz_loadu_ps(mask, (const float*)from + at);
-  return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, (const uint16_t*)from + at));
-}
-
 // The rows [first, first + PANEL) of the matrix; the last row stands in for rows beyond its end.
 struct PanelRows {
   int64_t row[PANEL];
@@ -57,24 +50,33 @@ struct PanelRows {
   }
 };
 
-inline void pack_scales(const Matrix& m, const PanelRows& rows, const PackedPanel& to) {
+template <int GROUP>
+inline void pack_scales_of(const Matrix& m, const PanelRows& rows, const PackedPanel& to) {
   const int64_t groups = groups_of(m);
-  for (int r = 0; r < PANEL; ++r) to.bias[r] = bias_of(m, rows.row[r]);
   for (int side = 0; side < PANEL; side += SIDE)
     for (int64_t g = 0; g < groups; g += SIDE) {
       const int64_t left = groups - g < SIDE ? groups - g : SIDE;
       Floats scale[SIDE], low[SIDE];
-      for (int r = 0; r < SIDE; ++r) {
-        const int64_t at = rows.row[side + r] * groups + g;
-        scale[r] = group_values(m, m.scale, at, left);
-        if (m.low) low[r] = group_values(m, m.low, at, left) + scale[r] * (m.format == INT8 ? 128.0f : 0.0f);
-      }
+      for (int r = 0; r < SIDE; ++r)
+        TileScales<1, GROUP>(m, rows.row[side + r], 0).read(g, left, [&](int, Floats own, Floats own_low) {
+          scale[r] = own, low[r] = m.format == INT8 ? own_low + own * 128.0f : own_low;
+        });
       transpose(scale);
       for (int i = 0; i < left; ++i) store(to.scale + (g + i) * PANEL + side, scale[i]);
       if (!m.low) continue;
       transpose(low);
       for (int i = 0; i < left; ++i) store(to.low + (g + i) * PANEL + side, low[i]);
     }
+}
+
+inline void pack_scales(const Matrix& m, const PanelRows& rows, const PackedPanel& to) {
+  for (int r = 0; r < PANEL; ++r) to.bias[r] = bias_of(m, rows.row[r]);
+  switch (m.group) {
+    case RUN: return pack_scales_of<RUN>(m, rows, to);
+    case 64: return pack_scales_of<64>(m, rows, to);
+    case 32: return pack_scales_of<32>(m, rows, to);
+    default: return pack_scales_of<LEAST_GROUP>(m, rows, to);
+  }
 }
 
 // Packs the codes of the run that begins at input k.
@@ -267,7 +269,7 @@ inline void int8_panel(const Matrix& m, const PackedPanel& w, int64_t first, con
   const PanelRows own(m, first);
   pack_scales(m, own, w);
   const int64_t tiles = (rows + TOKENS - 1) / TOKENS, lines = m.format == INT8 ? 16 : 8;  // of 64 rows, for 16 inputs
-  const PanelProduct product = {m, w, p, m.format == INT8 ? 128 : 0, int((lines + tiles - 1) / tiles), prefetch};
+  const PanelProduct product = {m, w, p, m.format == INT8 || !m.low ? zero_of(m) : 0, int((lines + tiles - 1) / tiles), prefetch};
   const int64_t groups = groups_of(m), each = RUN / m.group;
   if (rows <= FEW_INT8_ROWS) {
     memset(w.sums, 0, rows * SETS * PANEL * sizeof(float));

@@ -129,15 +129,14 @@ struct PairTile : BfloatTile<PairTile> {
 // Quantised weights with int8 inputs: one instruction (VPDPBUSD) multiplies 64 codes by 64 inputs and adds them in fours to
 // 16 integers. With x = q * q_scale in a group,
 //   sum(w x) = scale * q_scale * sum((code - middle) * q) + low * q_scale * sum(q),
-// where the middle is 128 for INT8 and 0 for INT4, and `low` is the weight of that code (0 for INT8 without `low`).
+// where the middle is 128 in INT8, and in INT4 8 if the matrix has no `low`, else 0; `low` is the weight of that code.
 //
 // The integer sum of a group is exact. Groups are added to four sums, group g to sum g % 4, and the four in pairs at the end.
 // gemm_int8.hpp adds in the same order: a row's result has the same bits for any number of rows.
 template <int32_t CODES>
 struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
-  static constexpr int SETS = 4;            // groups of a row whose sums are found together
-  static constexpr int SCALES_AHEAD = 128;  // elements; hardware prefetchers do not follow so few bytes a row
+  static constexpr int SETS = 4;  // groups of a row whose sums are found together
 
   template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
@@ -154,11 +153,19 @@ struct CodeTile {
   static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
                             float (&out)[R][T]) {
     const int64_t groups = p.padded / GROUP;
+    const TileScales<R, GROUP> stored(m, output, gap);
     Floats sums[T] = {};  // lane 4 * r + g % 4 belongs to row r of the weights
-    int64_t g = 0;
-    for (; g + SETS <= groups; g += SETS) add_groups<HINT, R, T, GROUP, true>(m, p, output, gap, row, ahead, g, SETS, sums);
-    if (GROUP >= 64 && g < groups)
-      add_groups<HINT, R, T, GROUP, false>(m, p, output, gap, row, ahead, g, int(groups - g), sums);
+    for (int64_t first = 0; first < groups; first += LANES) {
+      const int count = groups - first < LANES ? int(groups - first) : LANES;
+      Floats scales[LANES / SETS], lows[LANES / SETS];  // of SETS groups of the rows
+      read_scales<R>(m, stored, first, count, scales, lows);
+      int i = 0;
+      for (; i + SETS <= count; i += SETS)
+        add_groups<HINT, R, T, GROUP, true>(m, p, output, gap, row, ahead, first + i, SETS, scales[i / SETS], lows[i / SETS], sums);
+      if (GROUP >= 64 && i < count)
+        add_groups<HINT, R, T, GROUP, false>(m, p, output, gap, row, ahead, first + i, count - i, scales[i / SETS],
+                                             lows[i / SETS], sums);
+    }
     UNROLL for (int t = 0; t < T; ++t) {
       const Floats pairs = sums[t] + (Floats)_mm512_permute_ps((__m512)sums[t], 0x4e);
       const Floats all = pairs + (Floats)_mm512_permute_ps((__m512)pairs, 0xb1);
@@ -169,16 +176,10 @@ struct CodeTile {
   // sums += the products of the groups [g, g + count); WHOLE: count is SETS.
   template <Hint HINT, int R, int T, int GROUP, bool WHOLE>
   static INLINE void add_groups(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
-                                int64_t g, int count, Floats (&sums)[T]) {
+                                int64_t g, int count, Floats scale, Floats low, Floats (&sums)[T]) {
     constexpr int VECTORS = SETS * GROUP / 64, TOKENS = T < 2 ? T : 2;
-    const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2, groups = p.padded / GROUP;
+    const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2;
     const uint8_t* w = (const uint8_t*)m.data + output * bytes;
-    const Floats scale = by_row<R, WHOLE>(m, m.scale, output * groups + g, gap * groups, count);
-    Floats low = {};
-    if (m.low) {
-      low = by_row<R, WHOLE>(m, m.low, output * groups + g, gap * groups, count);
-      if (FORMAT == INT8) low += scale * 128.0f;
-    }
     const Stored<HINT> stored = {w, gap * bytes, g * GROUP / 64, ahead};
     if constexpr (FORMAT == INT8 || T == 1) {
       add_rows<R, TOKENS, GROUP, WHOLE>(stored, m, p, row, g, count, scale, low, sums);
@@ -215,7 +216,8 @@ struct CodeTile {
     integer_sums<R, T, GROUP, WHOLE>(codes, p.q + row * p.padded + g * GROUP, p.padded, count, dots);
     UNROLL for (int t = 0; t < T; ++t) {
       const int64_t own = (row + t) * p.blocks + g;
-      if (FORMAT == INT8) dots[t] -= (Ints)_mm512_broadcast_i32x4(load<__m128i>(p.q_total + own)) << 7;
+      if (FORMAT == INT8 || !m.low)  // less the middle times the sum of the inputs
+        dots[t] -= (Ints)_mm512_broadcast_i32x4(load<__m128i>(p.q_total + own)) << (FORMAT == INT8 ? 7 : 3);
       const Floats factor = scale * (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p.q_scale + own));
       sums[t] = fused(__builtin_convertvector(dots[t], Floats), factor, sums[t]);
       if (m.low) sums[t] = fused(low, (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p.q_sum + own)), sums[t]);
@@ -359,29 +361,25 @@ struct CodeTile {
   template <int PARTS>
   static INLINE Ints pick(Ints a, Ints b) { return (Ints)_mm512_shuffle_i64x2((__m512i)a, (__m512i)b, PARTS); }
 
-  // The scales or lows of `count` groups of R rows as floats, `apart` elements between rows; 0 in the lanes beyond.
-  template <int R, bool WHOLE>
-  static INLINE Floats by_row(const Matrix& m, const void* from, int64_t at, int64_t apart, int count) {
-    const __mmask8 mask = WHOLE ? 15 : (1u << count) - 1;
-    if (m.wide) {
-      __m512 rows = {};
-      const float* own = (const float*)from + at;
-      UNROLL for (int r = 0; r < R; ++r) {
-        if (!(at & 15)) __builtin_prefetch(own + r * apart + SCALES_AHEAD);
-        const __m128 four = _mm_maskz_loadu_ps(mask, own + r * apart);
-        rows = r == 0 ? _mm512_zextps128_ps512(four) : r == 1 ? _mm512_insertf32x4(rows, four, 1)
-             : r == 2 ? _mm512_insertf32x4(rows, four, 2) : _mm512_insertf32x4(rows, four, 3);
-      }
-      return (Floats)rows;
-    }
-    const uint16_t* own = (const uint16_t*)from + at;
-    __m128i four[4] = {};
-    UNROLL for (int r = 0; r < R; ++r) {
-      if (!(at & 15)) __builtin_prefetch(own + r * apart + SCALES_AHEAD);
-      four[r] = WHOLE ? _mm_loadl_epi64((const __m128i*)(own + r * apart)) : _mm_maskz_loadu_epi16(mask, own + r * apart);
-    }
-    const __m128i first = _mm_unpacklo_epi64(four[0], four[1]), second = _mm_unpacklo_epi64(four[2], four[3]);
-    return (Floats)_mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1));
+  // The scales of up to LANES groups of R rows, and what their middle codes stand for: SETS groups of all rows to a vector.
+  template <int R, class Scales>
+  static INLINE void read_scales(const Matrix& m, const Scales& stored, int64_t first, int count, Floats (&scales)[SETS],
+                                 Floats (&lows)[SETS]) {
+    Floats scale[SETS] = {}, low[SETS] = {};
+    stored.read(first, count, [&](int r, Floats own, Floats own_low) {
+      scale[r] = own, low[r] = FORMAT == INT8 ? own_low + own * 128.0f : own_low;
+    });
+    transpose_parts(scale, scales);
+    if (m.low) transpose_parts(low, lows);
+  }
+
+  // to[b], part r: part b of rows[r].
+  static INLINE void transpose_parts(const Floats (&rows)[SETS], Floats (&to)[SETS]) {
+    const Ints a = bits<Ints>(rows[0]), b = bits<Ints>(rows[1]), c = bits<Ints>(rows[2]), d = bits<Ints>(rows[3]);
+    const Ints lower_ab = pick<0x44>(a, b), lower_cd = pick<0x44>(c, d);
+    const Ints upper_ab = pick<0xee>(a, b), upper_cd = pick<0xee>(c, d);
+    to[0] = bits<Floats>(pick<0x88>(lower_ab, lower_cd)), to[1] = bits<Floats>(pick<0xdd>(lower_ab, lower_cd));
+    to[2] = bits<Floats>(pick<0x88>(upper_ab, upper_cd)), to[3] = bits<Floats>(pick<0xdd>(upper_ab, upper_cd));
   }
 };
 #elif defined(MB_INT8_DOT)
@@ -408,18 +406,20 @@ struct CodeTile {
   // PART: inputs of one group whose products are scaled at once.
   template <Hint HINT, int R, int T, int PART>
   static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead, float (&out)[R][T]) {
-    const int64_t groups = groups_of(m), bytes = FORMAT == INT8 ? p.padded : p.padded / 2;
+    const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2;
+    RowScales stored[R];
+    for (int r = 0; r < R; ++r) stored[r] = RowScales(m, output + r * gap);
     const uint8_t* w = (const uint8_t*)m.data + output * bytes;
     const float *x = p.x + row * p.ldx, *block = p.q_sum + row * p.blocks;
     Floats sums[R][T] = {};
     float lows[R][T] = {};
     for (int64_t b = 0; b < p.padded / PART; ++b) {
-      const int64_t start = b * PART, group = output * groups + start / m.group;
+      const int64_t start = b * PART, group = start / m.group;
       int64_t at = FORMAT == INT8 ? start : start / RUN * BLOCK + start % BLOCK;
       int shift = FORMAT == INT8 ? 0 : start % RUN / BLOCK * 4;
       for (int r = 0; r < R; ++r) {
         prefetch_ahead<HINT>(w + r * gap * bytes + at, ahead);
-        const float scale = scale_of(m, group + r * gap * groups), low = low_of(m, group + r * gap * groups);
+        const float scale = stored[r].scale(group), low = stored[r].low(group);
         Floats part[T] = {};
         for (int k = 0; k < PART; k += LANES) {
           Words codes = widen(load<Bytes>(w + r * gap * bytes + at + k));

@@ -14,20 +14,20 @@ namespace matrices {
 enum Format : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, LOSSLESS = 4 };
 
 // W is (outputs, inputs), row-major. In the quantised formats and LOSSLESS a row is padded to a multiple of 128 inputs
-// ("padded"); `scale` and `low` are (outputs, padded / group), where `group` is 16, 32, 64 or 128: half precision, or float32
-// if `wide`.
-//   INT8: one byte per weight; value = scale * (code - 128) without `low`, scale * code + low with it.
-//   INT4: 64 bytes per run of 128 weights, byte j = code[j] | code[j + 64] << 4; value = scale * code + low.
+// ("padded"). Each group of 16, 32, 64 or 128 weights of a row has a number of `scale` and of `low`, stored as scales.hpp
+// describes; value = scale * code + low, and without `low` scale * (code - zero), where zero is 128 in INT8 and 8 in INT4.
+//   INT8: one byte per weight.
+//   INT4: 64 bytes per run of 128 weights, byte j = code[j] | code[j + 64] << 4.
 //   LOSSLESS: bf16 in 12 bits, without scales; see lossless.hpp.
 struct Matrix {
   const void* data;
   const void* scale;  // INT8 and INT4, else null
-  const void* low;    // INT4, and INT8 where zero is not code 128; else null
+  const void* low;    // null where one code stands for 0 in all groups
   const void* bias;       // (outputs,) or null
   int64_t outputs, inputs;
   int32_t format, group;
-  int32_t bias_format;  // F32 or BF16
-  int32_t wide;         // scale and low are float32
+  int32_t bias_format;   // F32 or BF16
+  int32_t scale_format;  // a ScaleFormat, of scale and low
 };
 
 constexpr int RUN = 128;   // rows of quantised formats are padded to a multiple of this many inputs
@@ -87,22 +87,11 @@ INLINE int64_t row_bytes(const Matrix& m) {
   }
 }
 
-INLINE int64_t groups_of(const Matrix& m) { return round_up(m.inputs, RUN) / m.group; }
-
 // Inputs whose sum is stored once: those of a group, or of a part of a larger one.
 INLINE int part_of(const Matrix& m) { return m.group && m.group < BLOCK ? m.group : BLOCK; }
 
 // The stride of a row's scales and sums of inputs.
 INLINE int64_t blocks_of(const Matrix& m) { return round_up(round_up(m.inputs, RUN) / part_of(m), 16); }
-
-// The scale of a group, counted through all rows, and what is added to its products of scale and code.
-INLINE float scale_of(const Matrix& m, int64_t group) {
-  return m.wide ? ((const float*)m.scale)[group] : from_half(((const uint16_t*)m.scale)[group]);
-}
-INLINE float low_of(const Matrix& m, int64_t group) {
-  if (!m.low) return -128 * scale_of(m, group);
-  return m.wide ? ((const float*)m.low)[group] : from_half(((const uint16_t*)m.low)[group]);
-}
 
 INLINE float bias_of(const Matrix& m, int64_t output) {
   if (!m.bias) return 0;
@@ -111,6 +100,7 @@ INLINE float bias_of(const Matrix& m, int64_t output) {
 
 }  // namespace matrices
 
+#include "scales.hpp"
 #include "prepare_inputs.hpp"
 #include "gemv_tiles.hpp"
 #include "lossless.hpp"

@@ -138,7 +138,7 @@ INLINE float dot(const W* weight, const float* x, int64_t n) {
 
 // y += row `index` of a matrix in any format (embedding lookup).
 inline void add_row(const Matrix& m, int64_t index, float* y) {
-  const int64_t n = m.inputs, padded = round_up(n, RUN);
+  const int64_t n = m.inputs;
   if (m.format == F32 || m.format == BF16) {
     typed(m.format == BF16, m.data, [&](auto* table) {
       for (int64_t i = 0; i < n; ++i) y[i] += read1(table + index * n + i);
@@ -155,14 +155,12 @@ inline void add_row(const Matrix& m, int64_t index, float* y) {
     return row.outliers([&](int column, uint16_t value) { y[column] += from_bf16(value); });
   }
   const uint8_t* codes = (const uint8_t*)m.data + index * row_bytes(m);
+  const matrices::RowScales stored(m, index);
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t group = (index * padded + i) / m.group;
-    if (m.format == INT8) {
-      y[i] += m.low ? scale_of(m, group) * codes[i] + low_of(m, group) : scale_of(m, group) * (codes[i] - 128);
-    } else {
-      const int code = codes[i / RUN * BLOCK + i % BLOCK] >> (i % RUN / BLOCK * 4) & 15;
-      y[i] += scale_of(m, group) * code + low_of(m, group);
-    }
+    const int64_t group = i / m.group;
+    const int code = m.format == INT8 ? codes[i] : codes[i / RUN * BLOCK + i % BLOCK] >> (i % RUN / BLOCK * 4) & 15;
+    const float scale = stored.scale(group);
+    y[i] += m.low ? scale * code + stored.low(group) : scale * (code - zero_of(m));
   }
 }
 

@@ -190,18 +190,19 @@ inline void pack_words(const Matrix& m, int64_t first, int64_t k, int64_t count,
       const int64_t output = first + side + r < m.outputs ? first + side + r : m.outputs - 1;
       const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
       int16_t* to = rows + r * PANEL_DEPTH - k;
-      const int16_t middle = m.low ? 0 : 128;
+      const RowScales stored(m, output);
+      const int16_t zero = m.low ? 0 : zero_of(m);
       for (int64_t g = k / m.group, i = 0; i < count; ++g, i += m.group) {
-        const int64_t group = output * groups_of(m) + g, at = i / m.group * PANEL_OUTPUTS + side + r;
-        scratch.scales[at] = scale_of(m, group);
-        scratch.lows[at] = m.low ? low_of(m, group) : 0.0f;
+        const int64_t at = i / m.group * PANEL_OUTPUTS + side + r;
+        scratch.scales[at] = stored.scale(g);
+        scratch.lows[at] = m.low ? stored.low(g) : 0.0f;
       }
       for (int64_t start = k; start < k + count; start += BLOCK) {
         const uint8_t* block = m.format == INT8 ? codes + start : codes + start / RUN * BLOCK;
         const int shift = start % RUN / BLOCK * 4;
         for (int i = 0; i < BLOCK; i += LANES) {
           const HalfInts code = widen_to_16(load<Bytes>(block + i));
-          store(to + start + i, m.format == INT8 ? code - middle : code >> shift & 15);
+          store(to + start + i, (m.format == INT8 ? code : code >> shift & 15) - zero);
         }
       }
     }

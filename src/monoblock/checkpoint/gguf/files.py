@@ -89,8 +89,7 @@ def _form(tensor: GgufTensor) -> PackedForm | None:
     block = FORMS.get(tensor.type)
     if block is None or len(tensor.shape) != 2:
         return None
-    low = block.bits == 4 or block.zero is None
-    return PackedForm(bits=block.bits, group=block.group, low=low, wide=block.wide)
+    return PackedForm(bits=block.bits, group=block.group, low=block.zero is None, scales=block.stored)
 
 
 def opened(paths: tuple[Path, ...]) -> GgufFiles:

@@ -20,17 +20,26 @@ import numpy as np
 
 from monoblock.checkpoint import casts
 from monoblock.checkpoint.array_adapters import ArrayAdapter
-from monoblock.checkpoint.gguf.blocks import FORMS, BlockForm
+from monoblock.checkpoint.gguf.blocks import FORMS, BlockForm, Numbers, Scales, TwoLevel
 from monoblock.checkpoint.gguf.files import PLAIN, GgufFiles, opened
 from monoblock.checkpoint.gguf.header import TYPES, GgufTensor
 from monoblock.checkpoint.header import Header, TensorEntry
 from monoblock.checkpoint.mapped import Mapped
-from monoblock.checkpoint.packed import Array, PackedForm, pack_codes, pack_groups
+from monoblock.checkpoint.packed import (
+    SUPER_BLOCK,
+    TWO_LEVEL,
+    ZEROS,
+    Array,
+    PackedForm,
+    pack_codes,
+    pack_groups,
+)
 from monoblock.errors import CheckpointError
 
 log = logging.getLogger("monoblock")
 
 _BLOCKS = {name: (block, width) for name, block, width in TYPES.values()}  # weights and bytes of a block
+_NUMPY = {"U8": "u1", "F16": "<f2", "F32": "<f4"}
 _CHUNK = 1 << 21  # weights that are unpacked at a time: some megabytes
 
 _LLAMA = {
@@ -168,12 +177,10 @@ class GgufShard:
         return values if order is None else values[order]
 
     def _component(self, tensor: GgufTensor, form: PackedForm, part: str, order: Array | None) -> Any:
-        made = np.empty(
-            form.shape(part, tensor.shape), "u1" if part == "codes" else "<f4" if form.wide else "<f2"
-        )
+        made = np.empty(form.shape(part, tensor.shape), _NUMPY[form.dtype(part)])
         for rows, values in _components(tensor, form, part):
             made[rows] = values
-        if part != "codes" and not np.isfinite(made).all():
+        if part != "codes" and not np.isfinite(_numbers(made, tensor, form)).all():
             raise CheckpointError(
                 f"{tensor.path} holds scales that are not finite, or beyond fp16: it is damaged"
             )
@@ -235,26 +242,45 @@ def _components(tensor: GgufTensor, form: PackedForm, part: str) -> Iterator[tup
         count = len(range(*rows.indices(tensor.shape[0])))
         if part == "codes":
             codes = block.codes(blocks).reshape(count, inputs)
-            if not form.low:  # then 128 stands for 0
+            if not form.low:
                 assert block.zero is not None
-                codes = codes + np.uint8(128 - block.zero)
+                codes = codes + np.uint8(ZEROS[form.bits] - block.zero)
             yield rows, pack_codes(codes, form.bits)
             continue
-        scale, low = _scale_and_low(block, blocks, form.wide)
-        values = scale if part == "scale" else low
-        yield rows, pack_groups(values.reshape(count, -1), block.group, inputs, form)
+        values = _scale_and_low(block, blocks, form.scales)[part == "low"]
+        if isinstance(values, TwoLevel):
+            factors = np.repeat(values.factors, block.group // form.group, axis=1).reshape(count, -1)
+            number = np.ascontiguousarray(values.number.reshape(count, -1))
+            yield rows, np.concatenate((factors.view(np.uint8), number.view(np.uint8)), axis=1)
+        else:
+            yield rows, pack_groups(values.reshape(count, -1), block.group, inputs, form)
 
 
-def _scale_and_low(block: BlockForm, blocks: Array, wide: bool) -> tuple[Array, Array]:
-    """Scale and low (blocks, groups); the low of a type with one zero is -zero * scale."""
+def _numbers(made: Array, tensor: GgufTensor, form: PackedForm) -> Array:
+    """The floating-point numbers of stored scales or lows."""
+    if form.scales != TWO_LEVEL:
+        return made
+    return np.ascontiguousarray(made[:, -(tensor.shape[1] // SUPER_BLOCK) * 2 :]).view("<f2")
+
+
+def _scale_and_low(block: BlockForm, blocks: Array, stored: str) -> tuple[Numbers, Numbers]:
+    """Scale and low (blocks, groups), as they are stored; the low of a type with one zero is -zero * scale."""
     with np.errstate(over="ignore", invalid="ignore"):  # of damaged files; what is not finite is refused
-        scale, low = block.scales(blocks)
-        if wide:
-            scale = scale.astype(np.float32)
+        scale, low = _as_stored(block.scales(blocks), stored)
         if low is not None:
             return scale, low
         assert block.zero is not None
+        if isinstance(scale, TwoLevel):
+            return scale, TwoLevel(scale.number * np.float16(-block.zero), scale.factors)
         return scale, scale * scale.dtype.type(-block.zero)
+
+
+def _as_stored(numbers: Scales, stored: str) -> Scales:
+    if stored != "F32":
+        return numbers
+    scale, low = (x.values() if isinstance(x, TwoLevel) else x for x in numbers)
+    assert scale is not None
+    return scale.astype(np.float32), None if low is None else low.astype(np.float32)
 
 
 def _weights(tensor: GgufTensor, blocks: Array) -> Array:
@@ -262,11 +288,13 @@ def _weights(tensor: GgufTensor, blocks: Array) -> Array:
     if tensor.type == "F64":
         return blocks.view("<f8").astype(np.float32)
     if (form := FORMS.get(tensor.type)) is not None:
-        scale, low = _scale_and_low(form, blocks, wide=True)
+        scale, low = _as_stored(form.scales(blocks), "F32")
+        assert isinstance(scale, np.ndarray)
         codes = form.codes(blocks).reshape(*scale.shape, form.group).astype(np.float32)
         if form.zero is not None:
             return (codes - np.float32(form.zero)) * scale[..., None]
-        return codes * scale[..., None] + low.astype(np.float32)[..., None]
+        assert isinstance(low, np.ndarray)
+        return codes * scale[..., None] + low[..., None]
     try:
         package: Any = importlib.import_module("gguf")
     except ImportError as error:

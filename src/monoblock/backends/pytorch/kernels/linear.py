@@ -53,6 +53,7 @@ BLOCK = 1 << 22
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 FORMATS = {dtype: native.FORMATS[name] for dtype, name in NAMES.items()}
 QUANTIZED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"], LOSSLESS: native.FORMATS["lossless"]}
+SCALE_FORMATS = {getattr(torch, name): number for name, number in native.abi.SCALE_FORMATS.items()}
 
 # On other architectures PyTorch is built with libraries for the processor.
 ONEDNN = (
@@ -135,7 +136,7 @@ def native_matrix(weight: Tensor | QuantizedTensor, bias: Tensor | None) -> Matr
             QUANTIZED[bits],
             group,
             bias_format,
-            scale is not None and scale.dtype == torch.float32,
+            0 if scale is None else SCALE_FORMATS[scale.dtype],
         )
     outputs, inputs = weight.shape
     return Matrix(

@@ -33,8 +33,8 @@ def kernel() -> Callable[..., Tensor] | None:
 def multiply(x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
     """`x @ matrix.T + bias` in x's dtype, without gradients."""
     x_rk = x.reshape(-1, matrix.columns)
-    # The kernel scales 64 products at once.
-    plain = matrix.scale is not None and matrix.group >= 64 and (matrix.low is not None) == (matrix.bits == 4)
+    # The kernel scales 64 products at once, and codes of 8 bits are exact in bfloat16 as signed integers only.
+    plain = matrix.scale is not None and matrix.group >= 64 and (matrix.low is None or matrix.bits == 4)
     if plain and 0 < x_rk.shape[0] <= FEW and (few_rows := kernel()) is not None:
         with torch.cuda.device_of(x):  # Triton launches kernels on the current device
             y_rn = few_rows(x_rk, matrix, bias)

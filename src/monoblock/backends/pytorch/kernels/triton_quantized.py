@@ -33,6 +33,7 @@ def _kernel(
     padded,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    LOW: tl.constexpr,
     BIAS: tl.constexpr,
     N: tl.constexpr,
 ):
@@ -59,12 +60,14 @@ def _kernel(
                 at = n64[:, None] * (padded // 2) + run * HALF + k[None, :]
                 codes = tl.load(codes_ptr + at, mask=real_n[:, None], other=0).to(tl.int32)
                 codes = (codes >> (4 * half)) & 15
+                if not LOW:
+                    codes -= 8
             group = n64 * (padded // GROUP) + first // GROUP
             scale = tl.load(scale_ptr + group, mask=real_n, other=0.0).to(tl.float32)
             # Integers up to 128 are exact in every dtype of x.
             part = tl.dot(x, tl.trans(codes.to(x.dtype)), input_precision="ieee")
             total += part * scale[None, :]
-            if BITS == 4:
+            if LOW:
                 low = tl.load(low_ptr + group, mask=real_n, other=0.0).to(tl.float32)
                 total += tl.sum(x.to(tl.float32), axis=1)[:, None] * low[None, :]
     if BIAS:
@@ -93,6 +96,7 @@ def few_rows(x_rk: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tens
         codes.shape[1] * 8 // bits,
         BITS=bits,
         GROUP=group,
+        LOW=low is not None,
         BIAS=bias is not None,
         N=OUTPUTS,
         num_warps=4,

@@ -22,6 +22,7 @@ from monoblock.checkpoint.bnb_tensors import FourBitTensors
 from monoblock.checkpoint.dense_tensors import Float8Tensors
 from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
 from monoblock.checkpoint.matching import LoadReport, match_tensors
+from monoblock.checkpoint.packed import TWO_LEVEL
 from monoblock.checkpoint.quantized_view import QuantizedView
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
@@ -72,8 +73,8 @@ def load(
         if isinstance(store, QuantizedView):
             _check_inputs(store, source, columns)
         has = {kind: canonical in sources for kind, sources in kinds.items()}
-        bits, group = _form(source.names[0], parts, has, how, columns)
-        for part, shape in formats.shapes(bits, group, rows, columns, has["low"]).items():
+        bits, group, two_level = _form(source.names[0], parts, has, how, columns)
+        for part, shape in formats.shapes(bits, group, rows, columns, has["low"], two_level).items():
             expected[part][canonical] = shape
     found = {
         part: match_tensors(parts[part], keymap, shapes, tied, ignore_mismatched_sizes=False, strict=strict)
@@ -127,16 +128,18 @@ def _form(
     has: Mapping[str, bool],
     how: WeightOnlyConfig,
     inputs: int,
-) -> tuple[int, int]:
-    """Bits and group of a stored matrix. Those of matrices that another tool quantised are in its tensors' shapes; of
-    others the config says the group, and the tensors that there are say the bits."""
+) -> tuple[int, int, bool]:
+    """Bits and group of a stored matrix, and whether its scales have two levels. Of matrices that another tool
+    quantised, its tensors tell them; of others the config tells the group, and which tensors there are the bits."""
     if how.source is None:
-        return 4 if has["low"] else 8 if has["scale"] else LOSSLESS, how.group_size
+        return 4 if has["low"] else 8 if has["scale"] else LOSSLESS, how.group_size, False
+    two_level = has["scale"] and parts["scale"].dtype(name) == TWO_LEVEL
     widths = [parts[part].shape(name) for part in ("codes", "scale") if part == "codes" or has["scale"]]
     try:
         if any(len(shape) != 2 for shape in widths):
             raise ValueError("its tensors are no matrices")
-        return formats.form_of(widths[0][1], widths[1][1] if has["scale"] else None, inputs)
+        form = formats.form_of(widths[0][1], widths[1][1] if has["scale"] else None, inputs, two_level)
+        return *form, two_level
     except ValueError as error:
         raise ShapeMismatch(
             f"{name} in {parts['codes'].path(name).name} is in no known format of quantised weights: {error}"
@@ -144,9 +147,13 @@ def _form(
 
 
 def _dtype(tensors: Tensors, source: TensorSource, part: str) -> torch.dtype:
-    """The dtype to read a component in: float32 for scales that are stored so."""
-    wide = part != "codes" and any(tensors.dtype(name) == "F32" for name in source.names)
-    return torch.float32 if wide else formats.DTYPES[part]
+    """The dtype to read a component in: for scales and lows, the one that they are stored in."""
+    if part == "codes":
+        return formats.DTYPES[part]
+    kinds = {tensors.dtype(name) for name in source.names}
+    if len(kinds) == 1 and (kind := kinds.pop()) in formats.SCALES:
+        return formats.SCALES[kind]
+    return torch.float32 if "F32" in kinds else formats.DTYPES[part]
 
 
 def dtype_on_cpu(store: Tensors, dtype: torch.dtype) -> torch.dtype:

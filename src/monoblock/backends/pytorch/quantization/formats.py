@@ -5,11 +5,12 @@ A matrix (outputs, inputs) is quantised along its inputs, which are padded to a 
     8 bits   codes uint8 (outputs, padded); scale (outputs, padded / group);           weight = scale * (code - 128)
              or also low (as scale);                                                   weight = scale * code + low
     4 bits   codes uint8 (outputs, padded / 2); scale and low (as above);              weight = scale * code + low
+             or only scale;                                                            weight = scale * (code - 8)
     12 bits  codes uint8 (outputs, bytes of a row), nothing else: lossless bfloat16; see bf12.py
 
-`pack` gives fp16 scales for groups of 64 or 128. Matrices that other tools quantised also have groups of 16 or 32,
-scale and low in float32, and low in 8 bits, as far as their numbers need it (checkpoint/packed.py). The tensors' shapes
-tell the bits and the group.
+`pack` gives fp16 scales for groups of 64 or 128, and in 4 bits a low. Matrices that other tools quantised also have
+groups of 16 or 32, 8 bits with a low and 4 bits without, and scale and low in float32 or, as uint8, in two levels
+(checkpoint/packed.py), as far as their numbers need it. The tensors' shapes tell the bits and the group.
 
 In 4 bits, byte j of each run of 128 weights holds the codes of weights j (low nibble) and j + 64 (high nibble). Rows
 are independent, so that quantised matrices can be concatenated and split by rows.
@@ -26,14 +27,15 @@ from torch import Tensor
 
 from monoblock.backends.pytorch.quantization import bf12
 from monoblock.backends.pytorch.quantization.bf12 import RUN
+from monoblock.checkpoint.packed import SUPER_BLOCK, TWO_LEVEL, ZEROS, group_of, scale_width
 from monoblock.quantization import LOSSLESS
 
-GROUPS = (16, 32, 64, 128)
 BITS = (8, 4)  # with scales
-MIDDLE = 128  # the code of 0 in 8 bits
+MIDDLE = ZEROS[8]
 # The tensors of a quantised matrix, in the order in which a QuantizedTensor has them, with the dtypes of `pack`.
 DTYPES = {"codes": torch.uint8, "scale": torch.float16, "low": torch.float16}
-SCALES = (torch.float16, torch.float32)  # the dtypes that scale and low may have
+# The dtypes that scale and low may have, by safetensors' names; uint8: two levels.
+SCALES = {"F16": torch.float16, "F32": torch.float32, TWO_LEVEL: torch.uint8}
 
 # Rows are quantised and dequantised in chunks of about this many weights, which stay in a core's cache.
 _CHUNK = 1 << 20
@@ -62,7 +64,8 @@ class QuantizedTensor(NamedTuple):
         """The matrix of these tensors; their shapes determine the number of bits and the group."""
         codes, scale, low = (tensors.get(name) for name in DTYPES)
         assert codes is not None
-        bits, group = form_of(codes.shape[1], None if scale is None else scale.shape[1], columns)
+        two_level = scale is not None and scale.dtype == SCALES[TWO_LEVEL]
+        bits, group = form_of(codes.shape[1], None if scale is None else scale.shape[1], columns, two_level)
         return cls(codes, scale, low, bits, group, columns)
 
     @property
@@ -95,33 +98,47 @@ class QuantizedTensor(NamedTuple):
             codes = torch.cat((runs & 15, runs >> 4), dim=-1).flatten(1)
         grouped = codes.float().unflatten(1, (-1, group))
         if low is None:
-            weights = (grouped - MIDDLE) * scale.float()[..., None]
+            weights = (grouped - ZEROS[bits]) * _values(scale, group)[..., None]
         else:
-            weights = grouped * scale.float()[..., None] + low.float()[..., None]
+            weights = grouped * _values(scale, group)[..., None] + _values(low, group)[..., None]
         return weights.flatten(1)[:, :columns].to(dtype)
 
 
+def _values(stored: Tensor, group: int) -> Tensor:
+    """The values of scales or lows as float32 (rows, groups)."""
+    if stored.dtype != SCALES[TWO_LEVEL]:
+        return stored.float()
+    blocks = stored.shape[1] // (SUPER_BLOCK // group + 2)
+    factors, numbers = stored.split((stored.shape[1] - 2 * blocks, 2 * blocks), dim=1)
+    numbers = numbers.contiguous().view(torch.float16).float()
+    return factors.contiguous().view(torch.int8).float() * numbers.repeat_interleave(
+        SUPER_BLOCK // group, dim=1
+    )
+
+
 def shapes(
-    bits: int, group: int, outputs: int, inputs: int, low: bool | None = None
+    bits: int, group: int, outputs: int, inputs: int, low: bool | None = None, two_level: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """The shapes of a quantised matrix's tensors, by name; `low`: whether it has one (None: in 4 bits)."""
+    """The shapes of a quantised matrix's tensors, by name; `low`: whether it has one (None: in 4 bits); `two_level`:
+    whether its scales have two levels."""
     if bits == LOSSLESS:
         return {"codes": bf12.shape(outputs, inputs)}
     padded = -(-inputs // RUN) * RUN
-    scale = (outputs, padded // group)
+    scale = (outputs, scale_width(padded, group, two_level=two_level))
     found = {"codes": (outputs, padded * bits // 8), "scale": scale}
     return found | ({"low": scale} if (bits == 4 if low is None else low) else {})
 
 
-def form_of(codes: int, scales: int | None, inputs: int) -> tuple[int, int]:
-    """Bits and group of a matrix with `codes` bytes and `scales` scales (None: no scales) per row.
+def form_of(codes: int, scales: int | None, inputs: int, two_level: bool = False) -> tuple[int, int]:
+    """Bits and group of a matrix with `codes` bytes and `scales` scales (None: no scales) per row; of scales of two
+    levels, the bytes.
 
     ValueError: there is no such format."""
     if scales is None:
         return LOSSLESS, RUN
     padded = -(-inputs // RUN) * RUN
     bits = next((bits for bits in BITS if codes == padded * bits // 8), None)
-    group = next((group for group in GROUPS if scales * group == padded), None)
+    group = group_of(scales, padded, two_level=two_level)
     if bits is None or group is None:
         raise ValueError(f"rows of {inputs} weights have {codes} bytes of codes and {scales} scales")
     return bits, group
