@@ -17,6 +17,8 @@ from monoblock.seeds import checked_seed
 TASKS = ("lm", "chat", "classification", "token-classification", "qa", "fill-mask", "embedding", "preference")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
+ADAMW_8BIT = "adamw_8bit"
+OPTIMIZERS = ("adamw", ADAMW_8BIT)
 PROBLEMS = ("single-label", "multi-label", "regression")
 QUANTIZED = ("int8", "int4")
 PARALLEL = ("fsdp", "ddp")
@@ -130,6 +132,11 @@ class TrainingOptions:
     )
     warmup_steps: int | None = _option(None, "Steps until the highest learning rate.", least=0)
     warmup_ratio: float = _option(0.0, "The same, as a part of all steps.", least=0, most=1)
+    optimizer: str = _option(
+        "adamw",
+        f"adamw, or {ADAMW_8BIT}: AdamW whose means of gradients and squares take 8 bits a value.",
+        choices=OPTIMIZERS,
+    )
     weight_decay: float = _option(0.01, "AdamW's decay of matrices; norms and biases have none.", least=0)
     mean_decay: float = _option(0.9, "AdamW's beta1, the decay of the mean of gradients.", least=0, below=1)
     square_decay: float = _option(
@@ -184,7 +191,7 @@ class TrainingOptions:
     parallel: str | None = _option(
         None,
         "How processes share a model: fsdp divides weights, gradients and optimizer states, with ddp each has all; "
-        "default: fsdp, but ddp for embedding and with quantize.",
+        "default: fsdp, but ddp for embedding, with quantize and with adamw_8bit.",
         choices=PARALLEL,
     )
     tensor_parallel: int = _option(1, "Processes that divide each matrix (tensor parallelism).", least=1)
@@ -259,6 +266,18 @@ class TrainingOptions:
         whole = "embedding" if self.task == "embedding" else "quantize" if self.quantize is not None else None
         if whole is not None and self.parallel == "fsdp":
             raise ValueError(f"parallel=fsdp does not divide the weights of {whole}: use parallel=ddp")
+        if (
+            self.optimizer == ADAMW_8BIT
+        ):  # blocks of values would be cut, or depend on the number of processes
+            for name, without in (
+                ("parallel", self.parallel != "fsdp"),
+                ("tensor_parallel", self.tensor_parallel == 1),
+            ):
+                if not without:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} does not divide the states of optimizer={ADAMW_8BIT}: use "
+                        "parallel=ddp alone, or optimizer=adamw"
+                    )
         if self.tensor_parallel == 1:
             return
         if self.task == "embedding":
@@ -273,7 +292,7 @@ class TrainingOptions:
     @property
     def divides_weights(self) -> bool:
         """Whether several processes divide the weights of the model, by FSDP2."""
-        whole = self.task == "embedding" or self.quantize is not None
+        whole = self.task == "embedding" or self.quantize is not None or self.optimizer == ADAMW_8BIT
         return self.parallel == "fsdp" or (self.parallel is None and not whole)
 
     def _refuse(self, name: str, why: str) -> None:
@@ -345,7 +364,7 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
 
 # The tasks of all frameworks, and the options of PyTorch only.
 OF_ALL = ("lm", "classification")
-PYTORCH_ONLY = ("packing", "dtype", "freeze", "lora_rank", "parallel", "tensor_parallel")
+PYTORCH_ONLY = ("packing", "dtype", "optimizer", "freeze", "lora_rank", "parallel", "tensor_parallel")
 
 # The options of an evaluation.
 EVALUATION = (

@@ -305,15 +305,16 @@ class Learner:
         name, _, part = key.rpartition("/")
         if name not in self.optimizer.parameters:
             raise CheckpointError(f"the checkpoint's optimizer has {key!r}, which this run does not train")
-        parameter = self.optimizer.parameters[name]
-        return TensorLayout.whole(()) if part == "step" else self._layout(name, parameter)
+        shape, _ = self.optimizer.form(key)
+        if part == "step" or name in self.optimizer.quantized:  # are not divided
+            return TensorLayout.whole(shape)
+        return self._layout(name, self.optimizer.parameters[name])
 
     def _empty_state(self, key: str, dtype: torch.dtype) -> tuple[TensorLayout, Tensor]:
         """The layout of a state of the optimizer, and memory for this process's part."""
         assert self.optimizer is not None
         layout = self._layout_of_state(key)
-        own = local(self.optimizer.parameters[key.rpartition("/")[0]]).shape if layout.shape else ()
-        return layout, torch.empty(own, dtype=dtype)
+        return layout, torch.empty(self.optimizer.form(key)[0], dtype=dtype)
 
     def restore(self, folder: Path) -> None:
         """Set the states of a checkpoint. Its weights are loaded already, if one process wrote it."""
