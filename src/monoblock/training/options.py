@@ -84,16 +84,23 @@ class TrainingOptions:
     # What is trained, and on what
     model: str | None = _option(None, "Folder, or name on the hub; default: the embedded demo model.")
     task: str = _option("lm", f"What is learnt: {', '.join(TASKS)}.", choices=TASKS)
-    data: str | None = _option(None, "File (for lm also a folder) of training data.")
+    data: str | None = _option(
+        None,
+        "Training data: a file, for lm also a folder; or a dataset, OWNER/NAME or NAME[@REVISION][:CONFIG]:SPLIT.",
+    )
     output: str | None = _option(
         None, "Folder for the model, the checkpoints, the metrics and their picture."
     )
-    eval_data: str | None = _option(None, "File of evaluation data.")
+    eval_data: str | None = _option(None, "Evaluation data, a file or a dataset.")
     eval_fraction: float = _option(
         0.0, "Part of the training data that is held out for evaluation.", least=0, below=1
     )
     text_column: str | None = _option(None, "Field or column of the text; default: text.")
     label_column: str | None = _option(None, "Field or column of the label; default: label.")
+    columns: tuple[str, ...] = _option(
+        (), "FIELD=COLUMN: the column of the data that holds a field, such as anchor=question."
+    )
+    streaming: bool = _option(False, "Read a dataset over the network, without files in the cache.")
     labels: tuple[str, ...] = _option((), "Names of the labels, in order; default: those of the data.")
     problem: str = _option(
         "single-label", f"Kind of classification: {', '.join(PROBLEMS)}.", choices=PROBLEMS
@@ -216,6 +223,11 @@ class TrainingOptions:
             raise ValueError("warmup_steps and warmup_ratio exclude each other: give one")
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError("eval_data and eval_fraction exclude each other: give one")
+        pairs = [pair.split("=") for pair in self.columns]
+        if not all(len(pair) == 2 and all(pair) for pair in pairs) or len(dict(pairs)) != len(pairs):
+            raise ValueError(
+                f"columns must be FIELD=COLUMN, each field once, got {brief(list(self.columns))}"
+            )
         if not self.evaluates:
             for name in ("eval_every", "early_stopping", "keep_best", "sample_prompt"):
                 self._refuse(name, "needs eval_data or eval_fraction")
@@ -305,6 +317,11 @@ class TrainingOptions:
         return self.eval_data is not None or self.eval_fraction > 0
 
     @property
+    def fields_of_columns(self) -> dict[str, str]:
+        """The columns of fields, of `columns`."""
+        return {name: column for name, _, column in (pair.partition("=") for pair in self.columns)}
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """The widths of `matryoshka`; 0 for one that is no number."""
         parts = () if self.matryoshka is None else self.matryoshka.split(",")
@@ -373,6 +390,8 @@ EVALUATION = (
     "data",
     "text_column",
     "label_column",
+    "columns",
+    "streaming",
     "problem",
     "chat_template",
     "max_length",

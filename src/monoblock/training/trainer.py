@@ -52,6 +52,7 @@ FREE = (
     "merge",
     "device",
     "offline",
+    "streaming",
     "data",
     "model",
     "parallel",
@@ -282,9 +283,10 @@ class Trainer:
     def _decisive(self) -> dict[str, Any]:
         """The options and digests of the data, which a resumed run may not change."""
         found = {name: value for name, value in self.options.to_dict().items() if name not in FREE}
-        found["digest of data"] = data.digest(str(self.options.data))
-        if self.options.eval_data is not None:
-            found["digest of eval_data"] = data.digest(self.options.eval_data)
+        documents = self.task.documents
+        found["digest of data"] = data.digest(str(self.options.data), self.records, documents=documents)
+        if (held := self.options.eval_data) is not None:
+            found["digest of eval_data"] = data.digest(held, self.eval_records, documents=documents)
         return found
 
 
