@@ -89,6 +89,15 @@ def test_datasets_need_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Trainer(options)
 
 
+def test_tensorboard_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is read."""
+    monkeypatch.setattr("monoblock.training.boards.installed", lambda package: False)
+    options = TrainingOptions(data="none", output=str(tmp_path / "out"), report_to="tensorboard")
+    with pytest.raises(ImportError, match="report_to=tensorboard needs tensorboardX, which is not installed"):
+        Trainer(options)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_columns(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"data{suffix}"

@@ -13,8 +13,8 @@ import pytest
 import torch
 import training_runs
 from safetensors.torch import load_file
-from test_training_resume import KILLS, Signal, assert_same
-from training_runs import jsonl, losses, sentences
+from test_training_resume import KILLS, assert_same
+from training_runs import Signal, jsonl, losses, sentences
 
 from monoblock.backends.pytorch.training import eight_bit
 from monoblock.backends.pytorch.training import optimizer as optimizer_module

@@ -21,6 +21,7 @@ ADAMW_8BIT = "adamw_8bit"
 OPTIMIZERS = ("adamw", ADAMW_8BIT)
 PROBLEMS = ("single-label", "multi-label", "regression")
 QUANTIZED = ("int8", "int4")
+REPORTS = ("tensorboard",)
 PARALLEL = ("fsdp", "ddp")
 FRAMEWORKS = ("pt", "flax", "tf")
 FALLING = ("loss", "perplexity", "mse")  # metrics that are better if lower
@@ -179,6 +180,9 @@ class TrainingOptions:
     save_every: int | None = _option(None, "Steps between checkpoints; default: an epoch.", least=1)
     keep: int = _option(1, "Number of checkpoints that are kept.", least=1)
     log_every: int = _option(1, "Steps between lines of metrics.jsonl.", least=1)
+    report_to: str | None = _option(
+        None, "Write the metrics also for tensorboard, into the output's folder runs.", choices=REPORTS
+    )
     # Adapters
     lora_rank: int | None = _option(
         None, "Train a LoRA adapter of this rank instead of the weights.", least=1
