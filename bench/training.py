@@ -272,7 +272,8 @@ def main() -> None:
         folder = stored_mistral(Path(given.folder))
         config = json.loads((Path(folder) / "config.json").read_text())
         given.form, given.vocab = "bfloat16", config["vocab_size"]
-    print(f"| | tokens per second | of {peer}'s | share of the matrix rate | peak memory, MB | loss |")
+    of = "peft's" if given.adapter else "transformers'"
+    print(f"| | tokens per second | of {of} | share of the matrix rate | peak memory, MB | loss |")
     print("|---|---|---|---|---|---|")
     for form in given.form.split(","):
         processes = [
