@@ -4,12 +4,15 @@ the share of the matrix rate of the machine.
     python bench/training.py                          GPT Neo 125M, all weights, 4 x 512 tokens, float32 and bfloat16
     python bench/training.py --vocab 256000           the same with another vocabulary
     python bench/training.py --adapter lora           LoRA of rank 8 on a Mistral of 1.1 billion parameters in bfloat16
-    python bench/training.py --adapter qlora          ... on int4 weights, beside peft on bfloat16 ones
+    python bench/training.py --adapter qlora          ... on int4 weights, beside peft on bitsandbytes' nf4
     python bench/training.py --adapter lora --checkpointing       ... with gradient checkpointing
+    python bench/training.py --adapter lora --folder MODEL --batch 2 --length 128     another Mistral
+    python bench/training.py --optimizer adamw_8bit   moments in 8 bits, beside bitsandbytes' AdamW8bit
 
 transformers trains float32 weights with AdamW, in bfloat16 by autocast; monoblock is what `monoblock finetune` runs.
-Peak memory is that of the process, with its imports. `--adapter` needs peft for the comparison. Every library runs
-in a process of its own; those of one form are alive together.
+Peak memory is that of the process, with its imports. `--adapter` needs peft for the comparison, qlora also
+bitsandbytes; "peft" is peft on transformers. Every library runs in a process of its own; those of one form are alive
+together.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BATCH, LENGTH = 4, 512
 NEO: dict[str, Any] = {
     "hidden_size": 768,
     "num_layers": 12,
@@ -52,7 +54,7 @@ RANK = 8
 Step = Callable[[], float]
 
 
-def ours(form: str, vocab: int, adapter: str | None, folder: str | None, checkpointing: bool) -> Step:
+def ours(given: argparse.Namespace) -> Step:
     """A step as `monoblock finetune` runs it."""
     import torch
 
@@ -61,28 +63,26 @@ def ours(form: str, vocab: int, adapter: str | None, folder: str | None, checkpo
     from monoblock.backends.pytorch.training.optimizer import Optimizer
     from monoblock.training.options import TrainingOptions
 
-    dtype = getattr(torch, form)
+    dtype, adapter = getattr(torch, given.form), given.adapter
+    options = TrainingOptions(lora_rank=RANK if adapter else None, optimizer=given.optimizer)
     if adapter:
-        assert folder is not None
-        options = TrainingOptions(lora_rank=RANK, data="", output="")
         packed = {"quantization_config": "int4"} if adapter == "qlora" else {}
-        model: Any = monoblock.MistralForCausalLM.from_pretrained(folder, dtype=dtype, **packed)
+        model: Any = monoblock.MistralForCausalLM.from_pretrained(given.folder, dtype=dtype, **packed)
         model.requires_grad_(False)
         lora.add(model, options)
     else:
-        options = TrainingOptions(data="", output="")
-        model = monoblock.GPTNeoForCausalLM(monoblock.GPTNeoConfig(vocab_size=vocab, **NEO)).to(dtype)
-    if checkpointing:
+        model = monoblock.GPTNeoForCausalLM(monoblock.GPTNeoConfig(vocab_size=given.vocab, **NEO)).to(dtype)
+    if given.checkpointing:
         if adapter == "qlora":  # as `monoblock finetune --quantize` does
             memory.return_large_blocks()
         model.gradient_checkpointing_enable()
     model.train()
     optimizer = Optimizer(dict(model.named_parameters()), options)
-    ids = torch.randint(0, vocab, (BATCH, LENGTH))
+    ids = torch.randint(0, given.vocab, (given.batch, given.length))
 
     def step() -> float:
         loss = losses.token_loss(model, {"input_ids": ids, "use_cache": False}, ids, causal=True)
-        loss = loss / (BATCH * (LENGTH - 1))
+        loss = loss / (given.batch * (given.length - 1))
         value = float(loss.detach())
         loss.backward()
         optimizer.gradient_norm()
@@ -92,27 +92,47 @@ def ours(form: str, vocab: int, adapter: str | None, folder: str | None, checkpo
     return step
 
 
-def theirs(form: str, vocab: int, adapter: str | None, folder: str | None, checkpointing: bool) -> Step:
-    """A step of transformers, or of peft on it."""
+def theirs(given: argparse.Namespace) -> Step:
+    """A step of transformers, or of peft on it: LoRA on bfloat16, QLoRA on nf4 with double quantisation."""
     import torch
     import transformers
 
-    autocast = form == "bfloat16" and not adapter
+    dtype, adapter = getattr(torch, given.form), given.adapter
+    autocast = given.form == "bfloat16" and not adapter
     if adapter:
-        from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
+        from peft import (  # pyright: ignore[reportMissingImports]
+            LoraConfig,
+            get_peft_model,
+            prepare_model_for_kbit_training,
+        )
 
-        base = transformers.MistralForCausalLM.from_pretrained(folder, dtype=getattr(torch, form))
+        packed: dict[str, Any] = {}
+        if adapter == "qlora":
+            packed["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        base = transformers.MistralForCausalLM.from_pretrained(given.folder, dtype=dtype, **packed)
+        if adapter == "qlora":  # gradient checkpointing is switched on below
+            base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
         model: Any = get_peft_model(base, LoraConfig(r=RANK, target_modules=TARGETS))
     else:
-        model = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(vocab_size=vocab, **NEO))
-    if checkpointing:
+        model = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(vocab_size=given.vocab, **NEO))
+    if given.checkpointing:
         model.gradient_checkpointing_enable()
         if adapter:
             model.enable_input_require_grads()
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    ids = torch.randint(0, vocab, (BATCH, LENGTH))
+    if given.optimizer == "adamw_8bit":
+        import bitsandbytes
+
+        optimizer: Any = bitsandbytes.optim.AdamW8bit(parameters, lr=1e-4)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    ids = torch.randint(0, given.vocab, (given.batch, given.length))
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -153,9 +173,7 @@ def worker(given: argparse.Namespace) -> None:
     os.dup2(2, 1)
     torch.manual_seed(0)
     rate = matrix_rate(given.form)
-    step = (ours if given.worker == "monoblock" else theirs)(
-        given.form, given.vocab, given.adapter, given.folder, given.checkpointing
-    )
+    step = (ours if given.worker == "monoblock" else theirs)(given)
     step()
     print(json.dumps({"rate": rate}), file=answers, flush=True)
     for _ in sys.stdin:
@@ -170,6 +188,14 @@ class TrainingProcess:
 
     def __init__(self, name: str, form: str, given: argparse.Namespace, folder: str | None) -> None:
         command = [sys.executable, __file__, "--worker", name, "--form", form, "--vocab", str(given.vocab)]
+        command += [
+            "--batch",
+            str(given.batch),
+            "--length",
+            str(given.length),
+            "--optimizer",
+            given.optimizer,
+        ]
         command += ["--checkpointing"] if given.checkpointing else []
         command += ["--adapter", given.adapter, "--folder", str(folder)] if given.adapter else []
         self.name = name
@@ -198,13 +224,13 @@ class TrainingProcess:
         self.steps.append(self.answer())
 
 
-def flops(vocab: int) -> float:
+def flops(given: argparse.Namespace) -> float:
     """Of the matrix products of a step of GPT Neo: 2 per weight and token, and twice that in the backward pass; and
     those of the attention's scores and values over all earlier tokens."""
     width, layers = NEO["hidden_size"], NEO["num_layers"]
-    weights = 12 * width**2 * layers + vocab * width
-    attention = 2 * width * LENGTH * layers  # causal: half of 2 products of LENGTH x width
-    return BATCH * LENGTH * 3 * (2 * weights + attention)
+    weights = 12 * width**2 * layers + given.vocab * width
+    attention = 2 * width * given.length * layers  # causal: half of 2 products of length x width
+    return given.batch * given.length * 3 * (2 * weights + attention)
 
 
 def stored_mistral(folder: Path) -> str:
@@ -231,31 +257,40 @@ def main() -> None:
     parser.add_argument("--adapter", choices=("lora", "qlora"))
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--folder", default="build/training-mistral", help="for the weights under an adapter")
-    parser.add_argument("--only", default="monoblock,transformers")
+    parser.add_argument("--batch", type=int, default=4, help="rows of a step")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw")
+    parser.add_argument("--only", help="default: monoblock and transformers, with an adapter peft")
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
     if given.worker:
         worker(given)
         return
+    folder, peer = None, "peft" if given.adapter else "transformers"
     if given.adapter:
-        given.form, given.vocab = "bfloat16", MISTRAL["vocab_size"]
-    folder = stored_mistral(Path(given.folder)) if given.adapter else None
-    print("| | tokens per second | of transformers' | share of the matrix rate | peak memory, MB | loss |")
+        folder = stored_mistral(Path(given.folder))
+        config = json.loads((Path(folder) / "config.json").read_text())
+        given.form, given.vocab = "bfloat16", config["vocab_size"]
+    of = "peft's" if given.adapter else "transformers'"
+    print(f"| | tokens per second | of {of} | share of the matrix rate | peak memory, MB | loss |")
     print("|---|---|---|---|---|---|")
     for form in given.form.split(","):
-        processes = [TrainingProcess(name, form, given, folder) for name in given.only.split(",")]
+        processes = [
+            TrainingProcess(name, form, given, folder)
+            for name in (given.only or f"monoblock,{peer}").split(",")
+        ]
         for _ in range(given.runs):
             for process in processes:
                 process.step()
         seconds = {c.name: [step["seconds"] for step in c.steps] for c in processes}
-        base = seconds.get("transformers")
+        base = seconds.get(peer)
         for c in processes:
-            rates = sorted(BATCH * LENGTH / s for s in seconds[c.name])
+            rates = sorted(given.batch * given.length / s for s in seconds[c.name])
             ratio = (
                 statistics.median(b / s for b, s in zip(base, seconds[c.name], strict=True)) if base else None
             )
-            share = f"{flops(given.vocab) / min(seconds[c.name]) / c.rate:.0%}" if not given.adapter else ""
+            share = f"{flops(given) / min(seconds[c.name]) / c.rate:.0%}" if not given.adapter else ""
             cells = [
                 f"{c.name}, {form}{' ' + given.adapter if given.adapter else ''}",
                 f"{statistics.median(rates):.0f} ({rates[0]:.0f}-{rates[-1]:.0f})",

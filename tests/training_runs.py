@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +15,20 @@ import transformers
 from tiny_families import CLASSES, fields
 
 from monoblock.training import Trainer, TrainingOptions, TrainingResult
+from monoblock.training.trainer import Progress
 
 COLOURS = ("red", "blue", "green", "white")
+
+
+class Signal:
+    """Sends a signal to this process after a step."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.step == self.step:
+            os.kill(os.getpid(), self.number)
 
 
 def folder(at: Path, name: str, **more: Any) -> Path:

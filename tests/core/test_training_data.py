@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from monoblock.training.data import read_documents, read_records
+from monoblock.training.data import Reading, read_documents, read_records
+from monoblock.training.hub_datasets import dataset_source
 from monoblock.training.log import curves
 from monoblock.training.options import DEFAULTS, KINDS, TrainingOptions, read_recipe, write_recipe
 from monoblock.training.packing import packed
@@ -42,6 +43,88 @@ def test_the_package_imports_no_framework() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+# ---------------------------------------------------------------------------- datasets
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("owner/name", ("owner/name", None, None, None)),
+        ("owner/name:train[:10%]+test", ("owner/name", None, None, "train[:10%]+test")),
+        ("name@v1.0:part:train", ("name", "v1.0", "part", "train")),
+        ("name:train", ("name", None, None, "train")),
+        ("name", None),  # more likely a path that is mistyped
+        ("folder/texts.jsonl", None),
+        ("/folder/texts", None),
+        ("../texts", None),
+        ("a/b/c", None),
+    ],
+)
+def test_names_of_datasets(given: str, found: tuple[str | None, ...] | None) -> None:
+    source = dataset_source(given)
+    assert found == (source and (source.name, source.revision, source.config, source.split))
+
+
+def test_folders_of_datasets(tmp_path: Path) -> None:
+    """A folder with files of records is a dataset; for documents only if a README.md declares it as one."""
+    (tmp_path / "README.md").write_text("# Notes")
+    assert dataset_source(str(tmp_path)) is None
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}')
+    assert dataset_source(str(tmp_path)) and not dataset_source(str(tmp_path), documents=True)
+    assert [record.values["text"] for record in read_documents(str(tmp_path), None)] == ["# Notes"]
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---")
+    assert dataset_source(str(tmp_path), documents=True)
+    with pytest.raises(
+        ValueError, match=r"a split is for datasets, but .*train.jsonl is a file: leave it out"
+    ):
+        read_records(f"{tmp_path / 'train.jsonl'}:train")
+
+
+def test_datasets_need_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monoblock.training.hub_datasets.installed", lambda package: False)
+    with pytest.raises(ImportError, match=r'owner/name: there is no such file .* "monoblock\[datasets\]"'):
+        read_records("owner/name")
+    options = TrainingOptions(data="owner/name", output=str(tmp_path / "out"))
+    with pytest.raises(ImportError, match="datasets are read by the package datasets: pip install"):
+        Trainer(options)
+
+
+def test_tensorboard_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is read."""
+    monkeypatch.setattr("monoblock.training.boards.installed", lambda package: False)
+    options = TrainingOptions(data="none", output=str(tmp_path / "out"), report_to="tensorboard")
+    with pytest.raises(ImportError, match="report_to=tensorboard needs tensorboardX, which is not installed"):
+        Trainer(options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_columns(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"data{suffix}"
+    path.write_text(
+        '{"question": "a", "text": "b"}\n{"question": "c"}'
+        if suffix == ".jsonl"
+        else "question,text\na,b\nc,"
+    )
+    how = Reading(columns={"text": "question"})
+    assert [record.values for record in read_records(str(path), how)] == [{"text": "a"}, {"text": "c"}]
+    assert [record.values for record in read_documents(str(path), None, how)] == [
+        {"text": "a"},
+        {"text": "c"},
+    ]
+    with pytest.raises(
+        ValueError, match=r"columns=text=body: .* has no column 'body'; it has 'question', 'text'"
+    ):
+        read_records(str(path), Reading(columns={"text": "body"}))
+    with pytest.raises(ValueError, match=r"streaming is for datasets; .* is none: drop it"):
+        read_records(str(path), Reading(streaming=True))
+    (tmp_path / "plain.txt").write_text("a")
+    with pytest.raises(
+        ValueError, match=r"columns=.* is for JSONL, CSV and Parquet files and datasets; .* plain"
+    ):
+        read_documents(str(tmp_path / "plain.txt"), None, how)
+
+
 # ---------------------------------------------------------------------------- options
 
 WRONG: dict[str, dict[str, Any]] = {
@@ -63,6 +146,8 @@ WRONG: dict[str, dict[str, Any]] = {
         "eval_fraction": 0.5,
         "keep_best": True,
     },
+    "columns must be FIELD=COLUMN, each field once, got .*text": {"columns": ["text"]},
+    "columns must be FIELD=COLUMN, each field once": {"columns": ["text=a", "text=b"]},
     "lora_alpha needs lora_rank": {"lora_alpha": 2},
     "quantize must be one of int8, int4, got 'int2'": {"quantize": "int2", "lora_rank": 2},
     "chunk_size has no effect with task=lm": {"chunk_size": 2},
@@ -317,7 +402,7 @@ def test_documents_of_a_folder(tmp_path: Path) -> None:
     assert [record.values["text"] for record in found] == ["one", "two", "three"]
     with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
         read_documents(str(tmp_path / "none"), None)
-    with pytest.raises(ValueError, match="is a folder: this task reads one file"):
+    with pytest.raises(ValueError, match="is a folder without files of records"):
         read_records(str(tmp_path))
 
 

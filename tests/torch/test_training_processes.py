@@ -34,6 +34,7 @@ TOLERANCE = 1e-5  # float32, measured 1e-6
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp": ("mistral", {"batch_size": 5, "gradient_checkpointing": True, "keep_best": True}),
     "tensor": ("lm", {"tensor_parallel": 2, "freeze": ["*.h.0.*"]}),
+    "8bit": ("lm", {"optimizer": "adamw_8bit"}),
     "pairs": ("embedding", {"batch_size": 5, "chunk_size": 2}),
 }
 BASE: dict[str, Any] = {"max_steps": 6, "eval_fraction": 0.2, "eval_every": 3}

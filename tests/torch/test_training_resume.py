@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import torch
 import training_runs
 from safetensors.torch import load_file
-from training_runs import jsonl, losses, metrics, sentences
+from training_runs import Signal, jsonl, losses, metrics, sentences
 
 import monoblock
 from monoblock.backends.pytorch.training import optimizer as optimizer_module
@@ -24,7 +23,6 @@ from monoblock.errors import CheckpointError
 from monoblock.training import Trainer, TrainingOptions
 from monoblock.training.checkpoints import Checkpoints
 from monoblock.training.decay import decays
-from monoblock.training.trainer import Progress
 
 torch.set_num_threads(1)
 
@@ -51,17 +49,6 @@ def assert_same(one: Path, other: Path) -> None:
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert losses(one) == losses(other)
-
-
-class Signal:
-    """Sends a signal to this process after a step."""
-
-    def __init__(self, step: int, number: int) -> None:
-        self.step, self.number = step, number
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.step == self.step:
-            os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize(

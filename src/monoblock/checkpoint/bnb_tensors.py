@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -66,13 +66,35 @@ class FourBitTensors:
         self._states = {stem: self._state(stem) for stem in stems}
         own = {stem + end for stem in stems for end in _PARTS}
         self._names = [name for name in names if name not in own]
-        first = next(iter(stems))
-        log.warning(
-            "%s: %d matrices in 4 bits of bitsandbytes (%s, ...) are dequantised to bfloat16",
-            tensors.path(first),
-            len(stems),
-            first,
-        )
+        self.noted = False  # whether a warning says that matrices are dequantised, or none is due
+
+    @property
+    def four_bit(self) -> Collection[str]:
+        """The names of the matrices in 4 bits."""
+        return self._states.keys()
+
+    def parts(self, name: str) -> dict[str, Any]:
+        """A 4-bit matrix as it is stored: the framework's tensors `codes`, `values`, `absmax`, `nested_values` and
+        `nested_absmax` (None without double quantisation), and the numbers of its form and its `kind`."""
+        state, tensor = self._states[name], self._tensors.tensor
+        nested = state.nested is not None
+        return {
+            "codes": self._flat_codes(name),
+            "values": tensor(name + ".quant_map"),
+            "absmax": tensor(name + ".absmax"),
+            "nested_values": tensor(name + ".nested_quant_map") if nested else None,
+            "nested_absmax": tensor(name + ".nested_absmax") if nested else None,
+            "rows": state.shape[0],
+            "columns": state.shape[1],
+            "block": state.block,
+            "nested_block": state.nested[0] if state.nested is not None else 0,
+            "offset": float(np.float32(state.nested[1])) if state.nested is not None else 0.0,
+            "kind": next(kind for kind in _KINDS if name + STATE + kind in self._all),
+        }
+
+    def _flat_codes(self, name: str) -> Any:
+        codes = _bytes(self._tensors.tensor(name))
+        return self._arrays.from_buffer(codes, "U8", codes.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -89,6 +111,14 @@ class FourBitTensors:
     def tensor(self, name: str) -> Any:
         if name not in self._states:
             return self._tensors.tensor(name)
+        if not self.noted:
+            self.noted = True
+            log.warning(
+                "%s: %d matrices in 4 bits of bitsandbytes (%s, ...) are dequantised to bfloat16",
+                self._tensors.path(name),
+                len(self._states),
+                name,
+            )
         made = self._dequantised(name)
         return self._arrays.from_buffer(made, "BF16", made.shape)
 

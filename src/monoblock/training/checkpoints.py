@@ -13,6 +13,7 @@ from monoblock.checkpoint.files import read_json
 from monoblock.checkpoint.transaction import Staging, staged
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief
+from monoblock.training.options import TrainingOptions
 from monoblock.training.processes import Processes
 
 FOLDER, BEST, PROGRESS = "checkpoints", "best", "progress.json"
@@ -142,10 +143,13 @@ class SharedCheckpoints(Checkpoints):
 
 
 def check_same(stored: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """ValueError if a run would continue with another option or other data than it began with."""
+    """ValueError if a run would continue with another option or other data than it began with. An option that an
+    earlier version did not have had its default."""
+    defaults = TrainingOptions().to_dict()
     for name, value in now.items():
-        if stored.get(name) != value:
+        before = stored.get(name, defaults.get(name))
+        if before != value:
             raise ValueError(
-                f"{where} was written with {name}={brief(stored.get(name))}, not {brief(value)}: resume with the same "
+                f"{where} was written with {name}={brief(before)}, not {brief(value)}: resume with the same "
                 "options and data, or choose another output"
             )

@@ -1,4 +1,4 @@
-"""Records of data files: JSON objects, rows of CSV or Parquet, or texts; checked before a model is loaded."""
+"""Records of data files and datasets: JSON objects, rows, or texts; checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from monoblock.field_types import brief
 from monoblock.texts import check_characters, read_text
+from monoblock.training.hub_datasets import DatasetSource, dataset_source, digest_of_rows, read_dataset
 from monoblock.vectors import parquet
 
 JSONL = (".jsonl", ".ndjson")
@@ -55,33 +56,65 @@ class Record:
         return ValueError(f"{self.where}: {problem}")
 
 
-def read_records(path: str) -> list[Record]:
-    """The records of a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file. ValueError names the line or the row of a
-    wrong one. ImportError: Parquet is not installed."""
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How data is read. `columns`: the column that holds a field, where names differ. `train`: whether a dataset's
+    split is `train` if none is named. `streaming`: read a dataset without files in the cache. `offline`: from the cache
+    only."""
+
+    columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    train: bool = True
+    streaming: bool = False
+    offline: bool = False
+
+
+class Records(list[Record]):
+    """The records of a file or a dataset; `classes`: names of the classes of a dataset's columns, in order."""
+
+    classes: Mapping[str, Sequence[str]] = {}
+
+
+Filled = TypeVar("Filled", bound=list[Record])
+
+
+def read_records(path: str, how: Reading | None = None) -> Records:
+    """The records of a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, or of a dataset. ValueError names the line
+    or the row of a wrong one. ImportError: Parquet or datasets are not installed."""
+    how = how or Reading()
+    if (source := dataset_source(path)) is not None:
+        return _renamed(_dataset(source, how), how.columns, path)
+    _refuse_streaming(path, how)
     file = _existing(path)
     suffix = file.suffix.lower()
     if file.is_dir():
         raise ValueError(
-            f"{path} is a folder: this task reads one file (.jsonl, .json, .csv, .tsv or .parquet)"
+            f"{path} is a folder without files of records: this task reads a file (.jsonl, .json, .csv, .tsv or "
+            ".parquet) or a dataset"
         )
     if suffix in JSONL:
-        found = list(_jsonl(file))
+        found = Records(_jsonl(file))
     elif suffix in CSV:
-        found = list(_csv(file))
+        found = Records(_csv(file))
     elif suffix == ".json":
-        found = _json(file)
+        found = Records(_json(file))
     elif suffix == PARQUET:
-        found = [Record(f"{file}, row {i}", row) for i, row in enumerate(parquet.rows(file), 1)]
+        found = Records(Record(f"{file}, row {i}", row) for i, row in enumerate(parquet.rows(file), 1))
     else:
         raise ValueError(
             f"{path}: this task reads .jsonl, .json, .csv, .tsv or .parquet files, not {suffix or 'this one'}"
         )
-    return _filled(found, path)
+    return _renamed(_filled(found, path), how.columns, path)
 
 
-def read_documents(path: str, column: str | None) -> list[Record]:
+def read_documents(path: str, column: str | None, how: Reading | None = None) -> list[Record]:
     """Documents in the field `text`: a text file, the text files of a folder, or a column of a JSONL, CSV or Parquet
-    file."""
+    file or of a dataset."""
+    how = how or Reading()
+    name = column or "text"
+    if (source := dataset_source(path, documents=True)) is not None:
+        records = _renamed(_dataset(source, how), how.columns, path)
+        return [Record(record.where, {"text": record.text(name)}) for record in records]
+    _refuse_streaming(path, how)
     file = _existing(path)
     if file.is_dir():
         files = [p for p in sorted(file.rglob("*")) if p.is_file() and p.suffix.lower() in TEXTS]
@@ -89,25 +122,62 @@ def read_documents(path: str, column: str | None) -> list[Record]:
             raise ValueError(f"{path}: the folder has no text files ({', '.join(filter(None, TEXTS))})")
         found = [Record(str(p), {"text": read_text(p)}) for p in files]
     elif file.suffix.lower() in (*JSONL, *CSV, ".json"):
-        name = column or "text"
-        return [Record(record.where, {"text": record.text(name)}) for record in read_records(path)]
+        return [Record(record.where, {"text": record.text(name)}) for record in read_records(path, how)]
     elif file.suffix.lower() == PARQUET:
-        name = column or "text"
-        rows = enumerate(parquet.texts(file, name), 1)  # without the other columns
+        stored = how.columns.get(name, name)
+        rows = enumerate(parquet.texts(file, stored), 1)  # without the other columns
         records = [Record(f"{file}, row {i}", {name: value}) for i, value in rows]
         return [Record(record.where, {"text": record.text(name)}) for record in _filled(records, path)]
     else:
         found = [Record(path, {"text": read_text(file)})]
-    if column is not None:
-        raise ValueError(
-            f"text_column={column!r} is for JSONL, CSV and Parquet files; {path} is plain text: drop it"
-        )
+    for option, given in (("text_column", column), ("columns", how.columns)):
+        if given:
+            raise ValueError(
+                f"{option}={brief(given)} is for JSONL, CSV and Parquet files and datasets; {path} is plain text: drop "
+                "it"
+            )
     return _filled([record for record in found if record.values["text"].strip()], path)
 
 
-def digest(path: str) -> str:
-    """A digest of a file, or of the files of a folder."""
+def _dataset(source: DatasetSource, how: Reading) -> Records:
+    """The rows of a dataset."""
+    read = read_dataset(source, train=how.train, streaming=how.streaming, offline=how.offline)
+    found = Records(Record(f"{source.given}, row {i}", row) for i, row in enumerate(read.rows, 1))
+    found.classes = read.classes
+    return _filled(found, source.given)
+
+
+def _refuse_streaming(path: str, how: Reading) -> None:
+    if how.streaming:
+        raise ValueError(f"streaming is for datasets; {path} is none: drop it")
+
+
+def _renamed(records: Records, columns: Mapping[str, str], path: str) -> Records:
+    """Records with the fields of `columns`, which replace fields of these names. ValueError: no record has one."""
+    if not columns:
+        return records
+    found = Records()
+    for record in records:
+        fields = {name: record.values[column] for name, column in columns.items() if column in record.values}
+        kept = {name: value for name, value in record.values.items() if name not in columns.values()}
+        found.append(Record(record.where, kept | fields))
+    there = {name for record in records for name in record.values}
+    for name, column in columns.items():
+        if column not in there:
+            known = ", ".join(map(repr, sorted(there)))
+            raise ValueError(f"columns={name}={column}: {path} has no column {column!r}; it has {known}")
+    back = {column: name for name, column in columns.items()}
+    found.classes = {back.get(name, name): names for name, names in records.classes.items()}
+    return found
+
+
+def digest(path: str, records: Iterable[Record], *, documents: bool = False) -> str:
+    """A digest of a file, or of the files of a folder; of a dataset, that of its records."""
     found, top = hashlib.blake2b(digest_size=16), Path(path)
+    if dataset_source(path, documents=documents) is not None:
+        for part in digest_of_rows(record.values for record in records):
+            found.update(part)
+        return found.hexdigest()
     for file in sorted(p for p in top.rglob("*") if p.is_file()) if top.is_dir() else [top]:
         found.update(os.fsencode(file.relative_to(top) if file != top else "") + b"\0")
         with file.open("rb") as stream:
@@ -119,11 +189,13 @@ def digest(path: str) -> str:
 def _existing(path: str) -> Path:
     file = Path(path)
     if not file.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or folder")
+        raise FileNotFoundError(
+            f"{path}: there is no such file or folder; a dataset of the hub is OWNER/NAME or NAME:SPLIT"
+        )
     return file
 
 
-def _filled(records: list[Record], path: str) -> list[Record]:
+def _filled(records: Filled, path: str) -> Filled:
     if not records:
         raise ValueError(f"{path} is empty: training needs at least one record")
     return records

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from monoblock.checkpoint.transaction import write_atomically
+from monoblock.training.boards import TensorBoard
 
 METRICS, CURVES, SAMPLES = "metrics.jsonl", "curves.svg", "samples.jsonl"
 
@@ -21,9 +22,18 @@ _POINTS = 400  # of a curve
 class MetricsLog:
     """metrics.jsonl, or another file of that form: one object per line, each with its `step`."""
 
-    def __init__(self, folder: Path, *, until: int, name: str = METRICS, writes: bool = True) -> None:
-        """Continue a file, without its lines after step `until`. `writes`: whether this process writes it."""
-        self.folder, self.name, self.writes = folder, name, writes
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        until: int,
+        name: str = METRICS,
+        writes: bool = True,
+        board: TensorBoard | None = None,
+    ) -> None:
+        """Continue a file, without its lines after step `until`. `writes`: whether this process writes it. `board`
+        receives each line too."""
+        self.folder, self.name, self.writes, self.board = folder, name, writes, board
         self.lines: list[dict[str, Any]] = []
         if not writes:
             return
@@ -41,6 +51,13 @@ class MetricsLog:
         self.lines.append(line)
         with (self.folder / self.name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            self.board.write(line)
+
+    def close(self) -> None:
+        """End the files."""
+        if self.board is not None:
+            self.board.close()
 
     def draw(self) -> None:
         """Write the picture of the losses so far."""
@@ -49,6 +66,8 @@ class MetricsLog:
         new = self.folder / f".{CURVES}.new"
         new.write_text(curves(self.lines), encoding="utf-8")
         new.replace(self.folder / CURVES)  # not flushed to disk, which would take longer than drawing
+        if self.board is not None:
+            self.board.flush()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

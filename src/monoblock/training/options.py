@@ -17,8 +17,11 @@ from monoblock.seeds import checked_seed
 TASKS = ("lm", "chat", "classification", "token-classification", "qa", "fill-mask", "embedding", "preference")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
+ADAMW_8BIT = "adamw_8bit"
+OPTIMIZERS = ("adamw", ADAMW_8BIT)
 PROBLEMS = ("single-label", "multi-label", "regression")
 QUANTIZED = ("int8", "int4")
+REPORTS = ("tensorboard",)
 PARALLEL = ("fsdp", "ddp")
 FRAMEWORKS = ("pt", "flax", "tf")
 FALLING = ("loss", "perplexity", "mse")  # metrics that are better if lower
@@ -82,16 +85,23 @@ class TrainingOptions:
     # What is trained, and on what
     model: str | None = _option(None, "Folder, or name on the hub; default: the embedded demo model.")
     task: str = _option("lm", f"What is learnt: {', '.join(TASKS)}.", choices=TASKS)
-    data: str | None = _option(None, "File (for lm also a folder) of training data.")
+    data: str | None = _option(
+        None,
+        "Training data: a file, for lm also a folder; or a dataset, OWNER/NAME or NAME[@REVISION][:CONFIG]:SPLIT.",
+    )
     output: str | None = _option(
         None, "Folder for the model, the checkpoints, the metrics and their picture."
     )
-    eval_data: str | None = _option(None, "File of evaluation data.")
+    eval_data: str | None = _option(None, "Evaluation data, a file or a dataset.")
     eval_fraction: float = _option(
         0.0, "Part of the training data that is held out for evaluation.", least=0, below=1
     )
     text_column: str | None = _option(None, "Field or column of the text; default: text.")
     label_column: str | None = _option(None, "Field or column of the label; default: label.")
+    columns: tuple[str, ...] = _option(
+        (), "FIELD=COLUMN: the column of the data that holds a field, such as anchor=question."
+    )
+    streaming: bool = _option(False, "Read a dataset over the network, without files in the cache.")
     labels: tuple[str, ...] = _option((), "Names of the labels, in order; default: those of the data.")
     problem: str = _option(
         "single-label", f"Kind of classification: {', '.join(PROBLEMS)}.", choices=PROBLEMS
@@ -130,6 +140,11 @@ class TrainingOptions:
     )
     warmup_steps: int | None = _option(None, "Steps until the highest learning rate.", least=0)
     warmup_ratio: float = _option(0.0, "The same, as a part of all steps.", least=0, most=1)
+    optimizer: str = _option(
+        "adamw",
+        f"adamw, or {ADAMW_8BIT}: AdamW whose means of gradients and squares take 8 bits a value.",
+        choices=OPTIMIZERS,
+    )
     weight_decay: float = _option(0.01, "AdamW's decay of matrices; norms and biases have none.", least=0)
     mean_decay: float = _option(0.9, "AdamW's beta1, the decay of the mean of gradients.", least=0, below=1)
     square_decay: float = _option(
@@ -165,6 +180,9 @@ class TrainingOptions:
     save_every: int | None = _option(None, "Steps between checkpoints; default: an epoch.", least=1)
     keep: int = _option(1, "Number of checkpoints that are kept.", least=1)
     log_every: int = _option(1, "Steps between lines of metrics.jsonl.", least=1)
+    report_to: str | None = _option(
+        None, "Write the metrics also for tensorboard, into the output's folder runs.", choices=REPORTS
+    )
     # Adapters
     lora_rank: int | None = _option(
         None, "Train a LoRA adapter of this rank instead of the weights.", least=1
@@ -184,7 +202,7 @@ class TrainingOptions:
     parallel: str | None = _option(
         None,
         "How processes share a model: fsdp divides weights, gradients and optimizer states, with ddp each has all; "
-        "default: fsdp, but ddp for embedding and with quantize.",
+        "default: fsdp, but ddp for embedding, with quantize and with adamw_8bit.",
         choices=PARALLEL,
     )
     tensor_parallel: int = _option(1, "Processes that divide each matrix (tensor parallelism).", least=1)
@@ -209,6 +227,11 @@ class TrainingOptions:
             raise ValueError("warmup_steps and warmup_ratio exclude each other: give one")
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError("eval_data and eval_fraction exclude each other: give one")
+        pairs = [pair.split("=") for pair in self.columns]
+        if not all(len(pair) == 2 and all(pair) for pair in pairs) or len(dict(pairs)) != len(pairs):
+            raise ValueError(
+                f"columns must be FIELD=COLUMN, each field once, got {brief(list(self.columns))}"
+            )
         if not self.evaluates:
             for name in ("eval_every", "early_stopping", "keep_best", "sample_prompt"):
                 self._refuse(name, "needs eval_data or eval_fraction")
@@ -259,6 +282,18 @@ class TrainingOptions:
         whole = "embedding" if self.task == "embedding" else "quantize" if self.quantize is not None else None
         if whole is not None and self.parallel == "fsdp":
             raise ValueError(f"parallel=fsdp does not divide the weights of {whole}: use parallel=ddp")
+        if (
+            self.optimizer == ADAMW_8BIT
+        ):  # blocks of values would be cut, or depend on the number of processes
+            for name, without in (
+                ("parallel", self.parallel != "fsdp"),
+                ("tensor_parallel", self.tensor_parallel == 1),
+            ):
+                if not without:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} does not divide the states of optimizer={ADAMW_8BIT}: use "
+                        "parallel=ddp alone, or optimizer=adamw"
+                    )
         if self.tensor_parallel == 1:
             return
         if self.task == "embedding":
@@ -273,7 +308,7 @@ class TrainingOptions:
     @property
     def divides_weights(self) -> bool:
         """Whether several processes divide the weights of the model, by FSDP2."""
-        whole = self.task == "embedding" or self.quantize is not None
+        whole = self.task == "embedding" or self.quantize is not None or self.optimizer == ADAMW_8BIT
         return self.parallel == "fsdp" or (self.parallel is None and not whole)
 
     def _refuse(self, name: str, why: str) -> None:
@@ -284,6 +319,11 @@ class TrainingOptions:
     def evaluates(self) -> bool:
         """Whether there is evaluation data."""
         return self.eval_data is not None or self.eval_fraction > 0
+
+    @property
+    def fields_of_columns(self) -> dict[str, str]:
+        """The columns of fields, of `columns`."""
+        return {name: column for name, _, column in (pair.partition("=") for pair in self.columns)}
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -345,7 +385,7 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
 
 # The tasks of all frameworks, and the options of PyTorch only.
 OF_ALL = ("lm", "classification")
-PYTORCH_ONLY = ("packing", "dtype", "freeze", "lora_rank", "parallel", "tensor_parallel")
+PYTORCH_ONLY = ("packing", "dtype", "optimizer", "freeze", "lora_rank", "parallel", "tensor_parallel")
 
 # The options of an evaluation.
 EVALUATION = (
@@ -354,6 +394,8 @@ EVALUATION = (
     "data",
     "text_column",
     "label_column",
+    "columns",
+    "streaming",
     "problem",
     "chat_template",
     "max_length",

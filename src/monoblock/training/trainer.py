@@ -25,7 +25,7 @@ from monoblock.field_types import brief
 from monoblock.pipelines import frameworks
 from monoblock.spec import Learned
 from monoblock.tokenization.auto import AutoTokenizer
-from monoblock.training import data
+from monoblock.training import boards, data
 from monoblock.training.checkpoints import FOLDER, SHARED, Checkpoints, SharedCheckpoints, check_same
 from monoblock.training.evaluation import evaluate
 from monoblock.training.log import SAMPLES, MetricsLog
@@ -47,11 +47,13 @@ FREE = (
     "save_every",
     "keep",
     "log_every",
+    "report_to",
     "sample_prompt",
     "sample_tokens",
     "merge",
     "device",
     "offline",
+    "streaming",
     "data",
     "model",
     "parallel",
@@ -130,6 +132,8 @@ class Trainer:
         self.output = Path(str(options.output))
         if self.output.is_file():
             raise ValueError(f"output must be a folder, but {self.output} is a file")
+        if options.report_to is not None:
+            boards.need()
         self.processes = processes(options) if among is None else among
         self.task: Task = make_task(options)
         self.records = self.task.read(str(options.data))
@@ -198,7 +202,10 @@ class Trainer:
                 trained,
                 total,
             )
-        metrics = MetricsLog(self.output, until=state.step, writes=first)
+        board = None
+        if options.report_to is not None and first:
+            board = boards.TensorBoard(self.output, state.step, state.tokens)
+        metrics = MetricsLog(self.output, until=state.step, writes=first, board=board)
         run = TrainingRun(
             options,
             task,
@@ -231,6 +238,7 @@ class Trainer:
             interrupted = run.steps(show if first else None)
         except ValueError:  # in all processes alike
             self.checkpoints.finish()
+            metrics.close()
             raise
         self.checkpoints.finish()
         self.processes.agreed(None)  # the files are in place when a process goes on
@@ -241,6 +249,7 @@ class Trainer:
             learner.finish()
             learner.save(self.output)
         metrics.draw()
+        metrics.close()
         self.processes.agreed(None)
         return TrainingResult(
             output=self.output,
@@ -282,9 +291,10 @@ class Trainer:
     def _decisive(self) -> dict[str, Any]:
         """The options and digests of the data, which a resumed run may not change."""
         found = {name: value for name, value in self.options.to_dict().items() if name not in FREE}
-        found["digest of data"] = data.digest(str(self.options.data))
-        if self.options.eval_data is not None:
-            found["digest of eval_data"] = data.digest(self.options.eval_data)
+        documents = self.task.documents
+        found["digest of data"] = data.digest(str(self.options.data), self.records, documents=documents)
+        if (held := self.options.eval_data) is not None:
+            found["digest of eval_data"] = data.digest(held, self.eval_records, documents=documents)
         return found
 
 

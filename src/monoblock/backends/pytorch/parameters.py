@@ -42,7 +42,7 @@ class Parameters(ModelBase):
         if not isinstance(self.quantization_config, WeightOnlyConfig | None):
             raise ValueError(
                 "weights quantised by bitsandbytes cannot be saved here: save the model before "
-                'quantising, or take quantization_config="int8" or "int4"'
+                'quantising (or dequantize() what its files had), or take quantization_config="int8" or "int4"'
             )
         state = {name: self.get_parameter(name).detach().contiguous() for name in self.parameter_names()}
         return state | checkpoint.file_state(self)

@@ -52,7 +52,7 @@ from monoblock.backends.pytorch.parallel.modules import connect, shrink_tables
 from monoblock.backends.pytorch.parallel.stages import current_stage, remove_others
 from monoblock.backends.pytorch.parameters import Parameters
 from monoblock.backends.pytorch.parts import Part
-from monoblock.backends.pytorch.quantization import checkpoint
+from monoblock.backends.pytorch.quantization import checkpoint, four_bit
 from monoblock.backends.pytorch.tools import Recognised, Tools
 from monoblock.checkpoint import foreign, quantized
 from monoblock.checkpoint.adapter_files import base_of, is_adapter
@@ -327,7 +327,8 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         `output_loading_info=True` gives (model, {"missing_keys", "unexpected_keys", "mismatched_keys",
         "error_msgs"}). `generation_config`: one to use instead of the checkpoint's. `quantization_config`:
         "int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig; or `load_in_4bit`, `load_in_8bit`
-        for the latter. A folder of quantised weights needs none. `attn_implementation`: "sdpa", "eager",
+        for the latter, which keeps 4-bit weights of bitsandbytes as they are. A folder of quantised weights needs
+        none. `attn_implementation`: "sdpa", "eager",
         "flex_attention" or "flash_attention_2". `tp_plan="auto"` shards the model over the processes that torchrun
         started, each of which reads only its shards; `tp_size` (all processes by default) or a `device_mesh` with
         an axis "tensor" choose which. `revision`, `token`, `cache_dir`, `local_files_only`,
@@ -398,6 +399,7 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         placed = devices.Placement(self, where_to, options.max_memory, options.offload_folder)
         kept = checkpoint.load(self, store, dtype, placed.device, options.quantization, strict=options.strict)
         quantizer = checkpoint.quantizer(self, options.quantization)
+        keeper = four_bit.keeper(self, store, options.quantization)
         packed_names = {f"{name}.weight" for name in checkpoint.quantized_modules(self)}
         own = {
             canonical: source
@@ -414,7 +416,7 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
             shapes={c: shape for c, shape in tree.parameters(spec, self.head_spec).items() if c in own},
             tied=tree.tied(self.spec, self.head_spec),
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
-            put=quantizer.put if quantizer else None,
+            put=quantizer.put if quantizer else keeper.put if keeper else None,
             ignored=self._ignored,
             strict=options.strict,
             read_shard=read_shard,
@@ -431,6 +433,8 @@ class PreTrainedModel(Recognised, Parameters, TorchGenerationMixin, Construction
         self.fuse_weights()
         if quantizer is not None:
             quantizer.finish()
+        elif keeper is not None:
+            keeper.finish()
         elif isinstance(options.quantization, BitsAndBytesConfig):
             self.quantize(options.quantization)
         if group is not None:

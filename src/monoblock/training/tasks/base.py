@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from monoblock.training.data import Record
+from monoblock.training.data import Reading, Record
 from monoblock.training.options import TrainingOptions
 
 IGNORED = -100  # the label of a token without a loss
@@ -64,6 +64,7 @@ class Task:
     auto: ClassVar[str]  # the class that selects the model's class
     loss: ClassVar[str] = "labels"  # the form of the loss: "labels", "pairs" or "preferences"
     targets: ClassVar[tuple[str, ...]] = ("labels",)  # the model's arguments for the target of a whole row
+    documents: ClassVar[bool] = False  # whether data may be text files
     outputs: ClassVar[str] = (
         ""  # what `metrics` needs of each example: "", "logits", "best" (index per token)
     )
@@ -77,6 +78,16 @@ class Task:
     def read(self, path: str, *, train: bool = True) -> list[Record]:
         """The checked records of a file. ValueError names the line of a wrong one."""
         raise NotImplementedError
+
+    def reading(self, train: bool) -> Reading:
+        """How training data, or that of an evaluation, is read."""
+        options = self.options
+        return Reading(
+            columns=options.fields_of_columns,
+            train=train,
+            streaming=options.streaming,
+            offline=options.offline,
+        )
 
     def settings(self) -> dict[str, Any]:
         """Fields of the model's config."""

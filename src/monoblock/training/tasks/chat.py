@@ -25,10 +25,9 @@ class ConversationTask(Task):
     auto = "AutoModelForCausalLM"
 
     def read(self, path: str, *, train: bool = True) -> list[Record]:
-        del train
         if self.options.chat_template is not None and not Path(self.options.chat_template).is_file():
             raise FileNotFoundError(f"{self.options.chat_template}: there is no such chat template")
-        records = read_records(path)
+        records = read_records(path, self.reading(train))
         for record in records:
             messages(record)
         return records

@@ -38,7 +38,7 @@ class ClassificationTask(Task):
         self._label = str(options.label_column or "label")
 
     def read(self, path: str, *, train: bool = True) -> list[Record]:
-        records = read_records(path)
+        records = read_records(path, self.reading(train))
         for record in records:
             record.text(self._text)
             if record.has("text_pair"):
@@ -52,7 +52,8 @@ class ClassificationTask(Task):
             return records
         found = [self._values(record) for record in records]
         if train and not self.names:
-            self.names = label_names([value for values in found for value in values], path)
+            classes = records.classes.get(self._label)
+            self.names = list(classes or label_names([value for values in found for value in values], path))
         for record, values in zip(records, found, strict=True):
             for value in values:
                 label_index(self.names, value, record)

@@ -17,11 +17,11 @@ class LanguageTask(Task):
     but a document's first is predicted once."""
 
     name = "lm"
+    documents = True
     auto = "AutoModelForCausalLM"
 
     def read(self, path: str, *, train: bool = True) -> list[Record]:
-        del train
-        return read_documents(path, self.options.text_column)
+        return read_documents(path, self.options.text_column, self.reading(train))
 
     def examples(self, records: Sequence[Record]) -> list[Example]:
         found: list[Example] = []

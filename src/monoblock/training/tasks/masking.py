@@ -19,12 +19,12 @@ class FillMaskTask(Task):
     chosen, at least one of each window; with whole_word all tokens of a word together."""
 
     name = "fill-mask"
+    documents = True
     auto = "AutoModelForMaskedLM"
     outputs = "best"
 
     def read(self, path: str, *, train: bool = True) -> list[Record]:
-        del train
-        return read_documents(path, self.options.text_column)
+        return read_documents(path, self.options.text_column, self.reading(train))
 
     def bind(self, tokenizer: Any, limit: int) -> None:
         super().bind(tokenizer, limit)

@@ -29,7 +29,7 @@ class EmbeddingTask(Task):
         self._ranked = False  # whether training data is without scores
 
     def read(self, path: str, *, train: bool = True) -> list[Record]:
-        records = read_records(path)
+        records = read_records(path, self.reading(train))
         for record in records:
             _texts(record)
         if len(records) < 2:

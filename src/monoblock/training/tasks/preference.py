@@ -23,11 +23,10 @@ class PreferenceTask(Task):
     loss = "preferences"
 
     def read(self, path: str, *, train: bool = True) -> list[Record]:
-        del train
         template = self.options.chat_template
         if template is not None and not Path(template).is_file():
             raise FileNotFoundError(f"{template}: there is no such chat template")
-        records = read_records(path)
+        records = read_records(path, self.reading(train))
         for record in records:
             _parts(record)
         return records

@@ -28,8 +28,7 @@ class QuestionTask(Task):
     targets = ("start_positions", "end_positions")
 
     def read(self, path: str, *, train: bool = True) -> list[Record]:
-        del train
-        records = [one for record in read_records(path) for one in _flattened(record)]
+        records = [one for record in read_records(path, self.reading(train)) for one in _flattened(record)]
         for record in records:
             record.text("question")
             record.text("context")

@@ -29,11 +29,12 @@ class TokenClassificationTask(Task):
         self._tags = str(options.label_column or "tags")
 
     def read(self, path: str, *, train: bool = True) -> list[Record]:
-        records = read_records(path)
+        records = read_records(path, self.reading(train))
         for record in records:
             self._check(record)
         if train and not self.names:
-            self.names = label_names([tag for record in records for tag in record.values[self._tags]], path)
+            tags = [tag for record in records for tag in record.values[self._tags]]
+            self.names = list(records.classes.get(self._tags) or label_names(tags, path))
         for record in records:
             for tag in record.values[self._tags]:
                 label_index(self.names, tag, record)

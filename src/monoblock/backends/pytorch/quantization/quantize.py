@@ -15,7 +15,7 @@ from monoblock.backends.pytorch import loading
 from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.parts import GROUPS, Part, replace
-from monoblock.backends.pytorch.quantization import bitsandbytes, formats
+from monoblock.backends.pytorch.quantization import bitsandbytes, formats, four_bit
 from monoblock.backends.pytorch.quantization.modules import (
     QuantizedMatrix,
     matrix,
@@ -48,12 +48,15 @@ def quantize(model: ModelBase, how: QuantizationConfig) -> None:
 
 def dequantize(model: ModelBase) -> None:
     """Replace quantised matrices by dequantised ones. ValueError: the model is not quantised by this library."""
-    if not isinstance(model.quantization_config, WeightOnlyConfig):
+    kept = {name: m for name, m in model.named_modules() if isinstance(m, four_bit.FourBitLinear)}
+    if not kept and not isinstance(model.quantization_config, WeightOnlyConfig):
         raise ValueError(
             'dequantize() is for weights quantised by quantization_config="int8", "int4" or "lossless"; this '
             "model's are not"
         )
     dtype = model.dtype
+    for name, layer in kept.items():
+        replace(model, name, four_bit.plain(layer))
     for name, module in list(model.named_modules()):
         # Weights tied to the embedding are restored by tie_weights().
         if isinstance(module, QuantizedMatrix) and f"{name}.weight" not in model.tied():

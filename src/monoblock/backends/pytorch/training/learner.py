@@ -18,6 +18,7 @@ from monoblock.backends.pytorch.pipeline_adapter import found_device
 from monoblock.backends.pytorch.training import batches, lora, losses, memory
 from monoblock.backends.pytorch.training.optimizer import Optimizer, random_state, restore_random_state
 from monoblock.checkpoint.hub import find_weights
+from monoblock.checkpoint.packed_config import BITSANDBYTES
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.errors import CheckpointError
@@ -67,13 +68,13 @@ class Learner:
             self.device: torch.device = self.processes.device
         else:
             self.device = found_device(None if options.device == "auto" else options.device)
-        adapted = train and options.lora_rank is not None
-        self.model: Any = self._load(base if adapted else source, fields)
+        self.adapted = train and options.lora_rank is not None
+        self.model: Any = self._load(base if self.adapted else source, fields)
         self.tokenizer = task.tokenizer
         self.pad = pad_id(self.tokenizer)
         self.optimizer: Optimizer | None = None
         if train:
-            self._prepare(source if adapted and source != base else None)
+            self._prepare(source if self.adapted and source != base else None)
 
     def _load(self, source: str, fields: Mapping[str, Any]) -> Any:
         auto = getattr(monoblock, self.task.auto)
@@ -82,9 +83,23 @@ class Learner:
             options["ignore_mismatched_sizes"] = True
         if self.options.quantize is not None:
             options["quantization_config"] = self.options.quantize
+        elif self.adapted and self._keeps_four_bits(source):
+            options["load_in_4bit"] = True
         if self.options.tensor_parallel > 1:
             options |= {"tp_plan": "auto", "device_mesh": self.processes.group.mesh}
         return auto.from_pretrained(source, **options, **fields).to(self.device)
+
+    def _keeps_four_bits(self, source: str) -> bool:
+        """Whether weights that bitsandbytes stored in 4 bits stay so under an adapter. Merging and DoRA need the
+        weights themselves, and FSDP2 divides them."""
+        options = self.options
+        if options.merge or options.dora:
+            return False
+        if self.processes.size > 1 and options.divides_weights:
+            return False
+        config = monoblock.AutoConfig.from_pretrained(source, **options.hub(source))
+        how = getattr(config, "quantization_config", None) or {}
+        return how.get("quant_method") == BITSANDBYTES and bool(how.get("load_in_4bit"))
 
     def _prepare(self, adapter: str | None) -> None:
         """Choose what is trained."""
@@ -110,7 +125,7 @@ class Learner:
         if not any(p.requires_grad for p in parameters.values()):
             raise ValueError("freeze leaves no parameter to train")
         if options.gradient_checkpointing:
-            if options.quantize is not None:  # memory decides
+            if model.quantization_config is not None:  # memory decides
                 memory.return_large_blocks()
             model.gradient_checkpointing_enable()
         model.train()
@@ -305,15 +320,16 @@ class Learner:
         name, _, part = key.rpartition("/")
         if name not in self.optimizer.parameters:
             raise CheckpointError(f"the checkpoint's optimizer has {key!r}, which this run does not train")
-        parameter = self.optimizer.parameters[name]
-        return TensorLayout.whole(()) if part == "step" else self._layout(name, parameter)
+        shape, _ = self.optimizer.form(key)
+        if part == "step" or name in self.optimizer.quantized:  # are not divided
+            return TensorLayout.whole(shape)
+        return self._layout(name, self.optimizer.parameters[name])
 
     def _empty_state(self, key: str, dtype: torch.dtype) -> tuple[TensorLayout, Tensor]:
         """The layout of a state of the optimizer, and memory for this process's part."""
         assert self.optimizer is not None
         layout = self._layout_of_state(key)
-        own = local(self.optimizer.parameters[key.rpartition("/")[0]]).shape if layout.shape else ()
-        return layout, torch.empty(own, dtype=dtype)
+        return layout, torch.empty(self.optimizer.form(key)[0], dtype=dtype)
 
     def restore(self, folder: Path) -> None:
         """Set the states of a checkpoint. Its weights are loaded already, if one process wrote it."""

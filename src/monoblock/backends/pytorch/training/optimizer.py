@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from monoblock.backends.pytorch.parallel.layout import local
+from monoblock.backends.pytorch.training import eight_bit
+from monoblock.backends.pytorch.training.eight_bit import QuantizedMoments
 from monoblock.errors import CheckpointError
 from monoblock.training.decay import decays
-from monoblock.training.options import TrainingOptions
+from monoblock.training.options import ADAMW_8BIT, TrainingOptions
 
 SLICE = 1 << 19  # parameters that are updated at a time where they have copies: 10 MB with all states
 
@@ -45,7 +47,7 @@ class Optimizer:
     """Steps of AdamW (Loshchilov and Hutter, arXiv 1711.05101). A step of a bfloat16 parameter updates a float32 copy,
     since most steps are smaller than half a unit of bfloat16's last bit. Of the copy only the lower 16 bits are kept,
     less the carry of rounding: the parameter is the upper half. Of a parameter that FSDP2 divides, this process updates
-    its part, and has the state of that."""
+    its part, and has the state of that. With `adamw_8bit` the moments of all but small parameters are quantised."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], options: TrainingOptions) -> None:
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -58,9 +60,13 @@ class Optimizer:
             for name, p in self.parameters.items()
             if p.dtype == torch.bfloat16
         }
-        self.moments: dict[str, Moments] = {}
+        self.moments: dict[str, Moments | QuantizedMoments] = {}
         self.options = options
         self.fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters.values())
+        small = options.optimizer != ADAMW_8BIT
+        self.quantized = {
+            name for name, p in self.parameters.items() if not small and p.numel() >= eight_bit.LEAST
+        }
 
     def gradient_norm(self) -> float:
         """The norm of all gradients, which are then clipped to `max_grad_norm`, unless it is 0."""
@@ -83,30 +89,59 @@ class Optimizer:
 
     def _update(self, names: Sequence[str], learning_rate: float, weight_decay: float) -> None:
         """The step of some parameters."""
+        exact: dict[str, Moments] = {}
         for name in names:
             if name not in self.moments:
-                like = local(self.parameters[name])
-                self.moments[name] = Moments(
-                    torch.zeros((), device=like.device if self.fused else None),
-                    torch.zeros(like.shape, device=like.device),
-                    torch.zeros(like.shape, device=like.device),
-                )
-        exact = [name for name in names if name not in self.lows]
+                self.moments[name] = self._begun(name)
+            moments = self.moments[name]
+            if isinstance(moments, QuantizedMoments):
+                self._update_quantized(name, moments, learning_rate, weight_decay)
+            elif name in self.lows:
+                self._update_halves(name, moments, learning_rate, weight_decay)
+            else:
+                exact[name] = moments
         if exact:
             self._adamw(
                 [local(self.parameters[name]) for name in exact],
                 [local(_gradient(self.parameters[name])) for name in exact],
-                [self.moments[name] for name in exact],
+                list(exact.values()),
                 learning_rate,
                 weight_decay,
             )
-        for name in names:
-            if name in self.lows:
-                self._update_halves(name, learning_rate, weight_decay)
 
-    def _update_halves(self, name: str, learning_rate: float, weight_decay: float) -> None:
+    def _begun(self, name: str) -> Moments | QuantizedMoments:
+        """The state of a parameter before its first step."""
+        like = local(self.parameters[name])
+        step = torch.zeros((), device=like.device if self.fused else None)
+        if name in self.quantized:
+            return QuantizedMoments.zeros(like.shape, step, like.device)
+        return Moments(
+            step, torch.zeros(like.shape, device=like.device), torch.zeros(like.shape, device=like.device)
+        )
+
+    def _update_quantized(
+        self, name: str, moments: QuantizedMoments, learning_rate: float, weight_decay: float
+    ) -> None:
+        """The step of a parameter whose moments are quantised; in float32, a slice at a time."""
+        parameter = local(self.parameters[name])
+        own = parameter if parameter.is_contiguous() else parameter.contiguous()
+        flat, gradient = own.view(-1), local(_gradient(self.parameters[name])).reshape(-1)
+        low = self.lows[name].view(-1) if name in self.lows else None
+
+        def adamw(part: slice, step: Tensor, mean: Tensor, square: Tensor) -> None:
+            master = flat[part] if low is None else joined(flat[part], low[part])
+            state = Moments(step, mean, square)
+            self._adamw([master], [gradient[part].float()], [state], learning_rate, weight_decay)
+            if low is not None:
+                split(master, flat[part], low[part])
+
+        moments.update(len(flat), SLICE, adamw)
+        if own is not parameter:
+            parameter.copy_(own)
+
+    def _update_halves(self, name: str, moments: Moments, learning_rate: float, weight_decay: float) -> None:
         """The step of a bfloat16 parameter, by rows: a slice of all its states stays in the cache."""
-        parameter, moments = self.parameters[name], self.moments[name]
+        parameter = self.parameters[name]
         gradient = local(_gradient(parameter))
         whole = [local(parameter), self.lows[name], gradient, moments.exp_avg, moments.exp_avg_sq]
         if parameter.ndim == 0:
@@ -164,14 +199,14 @@ class Optimizer:
         states: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, part = key.rpartition("/")
-            if name not in self.parameters or part not in (*Moments._fields, "master"):
+            if name not in self.parameters or (part != "master" and part not in self.kind(name)._fields):
                 raise CheckpointError(
                     f"the checkpoint's optimizer has {key!r}, which this run does not train"
                 )
-            shape = () if part == "step" else tuple(local(self.parameters[name]).shape)
-            if tuple(value.shape) != shape or value.dtype != torch.float32:
+            shape, dtype = self.form(key)
+            if tuple(value.shape) != shape or value.dtype != dtype:
                 raise CheckpointError(
-                    f"the checkpoint's {key!r} is {tuple(value.shape)} of {value.dtype}, expected {shape} of float32"
+                    f"the checkpoint's {key!r} is {tuple(value.shape)} of {value.dtype}, expected {shape} of {dtype}"
                 )
             states.setdefault(name, {})[part] = value
         with torch.no_grad():
@@ -184,15 +219,31 @@ class Optimizer:
                     )
                 if stored is not None:
                     split(stored.to(parameter.device), local(parameter), self.lows[name])
-                if parts and parts.keys() != set(Moments._fields):
+                if parts and parts.keys() != set(self.kind(name)._fields):
                     raise CheckpointError(f"the checkpoint's optimizer lacks a state of {name!r}")
                 if parts:
-                    self.moments[name] = Moments(
+                    self.moments[name] = self.kind(name)(
                         **{
                             key: value.to(parameter.device if key != "step" or self.fused else "cpu")
                             for key, value in parts.items()
                         }
                     )
+
+    def kind(self, name: str) -> type[Moments | QuantizedMoments]:
+        """The class of a parameter's state."""
+        return QuantizedMoments if name in self.quantized else Moments
+
+    def form(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """The shape and the dtype of the state `parameter/state` in this process."""
+        name, _, part = key.rpartition("/")
+        like = local(self.parameters[name])
+        if part == "step":
+            return (), torch.float32
+        if name not in self.quantized or part == "master":
+            return tuple(like.shape), torch.float32
+        if part.endswith("_scale"):
+            return (-(-like.numel() // eight_bit.BLOCK),), torch.float32
+        return tuple(like.shape), torch.uint8
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
