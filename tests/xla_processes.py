@@ -36,7 +36,8 @@ def main(folder: Path, number: int) -> None:
         _disturb(number, job.get("signal"), job.get("fail"))
         try:
             options = TrainingOptions(**job["options"])
-            among = processes(options)
+            if among is None or options.framework == "flax":  # the mesh is of the options
+                among = processes(options)
             result = Trainer(options, among).train(resume=job.get("resume", False))
             found.append({"step": result.step, "loss": result.loss, "interrupted": result.interrupted})
         except Exception as error:
