@@ -149,7 +149,9 @@ def measure(model: str | None, output: Path) -> None:
         }
     output.write_text(json.dumps(found) + "\n")
     cost = StepCost.fitted(steps)
-    print(f"capacity {capacity:.1f} requests/s; cost {asdict(cost)}; mean error of a step {cost.error(steps):.1%}")
+    print(
+        f"capacity {capacity:.1f} requests/s; cost {asdict(cost)}; mean error of a step {cost.error(steps):.1%}"
+    )
     for line in comparison(output):
         print(line)
 
@@ -209,10 +211,15 @@ def tables() -> None:
     text = PAGE.read_text(encoding="utf-8")
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     base = 4 * capacity * 0.45
-    lines = ["| four replicas | requests/s | first token 50%, 99%, ms | hits | busy | retried | lost |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| four replicas | requests/s | first token 50%, 99%, ms | hits | busy | retried | lost |",
+        "|---|---|---|---|---|---|---|",
+    ]
     cases = [(f"`{routing}`", routing, {}) for routing in simulator.ROUTINGS]
     cases.append(("`prefix`, one dies for 5 s", "prefix", {"failures": ((4.0, 0),), "restart": 5.0}))
-    cases.append(("`two-choices`, one dies for 5 s", "two-choices", {"failures": ((4.0, 0),), "restart": 5.0}))
+    cases.append(
+        ("`two-choices`, one dies for 5 s", "two-choices", {"failures": ((4.0, 0),), "restart": 5.0})
+    )
     for label, routing, more in cases:
         found = studied(base, routing, replicas=4, **more)
         lines.append(
@@ -222,7 +229,9 @@ def tables() -> None:
     PAGE.write_text(text[:start] + "\n".join(lines) + "\n" + text[end:], encoding="utf-8")
     shares = [0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8]
     curves = {
-        routing: [(4 * capacity * s, studied(4 * capacity * s, routing, replicas=4).first[90] * 1e3) for s in shares]
+        routing: [
+            (4 * capacity * s, studied(4 * capacity * s, routing, replicas=4).first[90] * 1e3) for s in shares
+        ]
         for routing in ("two-choices", "round-robin", "least-load", "prefix")
     }
     PICTURE.write_text(picture(curves), encoding="utf-8")
@@ -253,8 +262,12 @@ def picture(curves: dict[str, list[tuple[float, float]]]) -> str:
         found.append(f"<text x='{left - 6}' y='{float(y) + 4:.1f}' text-anchor='end'>{10.0**power:g}</text>")
     for share in range(6):
         x, _ = place(most * share / 5, 10.0**low).split(",")
-        found.append(f"<text x='{x}' y='{height - bottom + 16}' text-anchor='middle'>{most * share / 5:.0f}</text>")
-    found.append(f"<text x='{(left + width - right) / 2}' y='{height - 8}' text-anchor='middle'>requests per second</text>")
+        found.append(
+            f"<text x='{x}' y='{height - bottom + 16}' text-anchor='middle'>{most * share / 5:.0f}</text>"
+        )
+    found.append(
+        f"<text x='{(left + width - right) / 2}' y='{height - 8}' text-anchor='middle'>requests per second</text>"
+    )
     found.append(f"<text x='{left}' y='16'>first token, 90th percentile, ms</text>")
     for number, (name, curve) in enumerate(curves.items()):
         colour = ("#4269d0", "#9c6b4e", "#3ca951", "#ff725c")[number]
@@ -262,7 +275,9 @@ def picture(curves: dict[str, list[tuple[float, float]]]) -> str:
             f"<polyline points='{' '.join(place(*point) for point in curve)}' fill='none' stroke='{colour}' "
             "stroke-width='1.8'/>"
         )
-        found.append(f"<text x='{width - right + 8}' y='{top + 24 + 18 * number}' fill='{colour}'>{escape(name)}</text>")
+        found.append(
+            f"<text x='{width - right + 8}' y='{top + 24 + 18 * number}' fill='{colour}'>{escape(name)}</text>"
+        )
     return "\n".join([*found, "</svg>", ""])
 
 
@@ -275,8 +290,10 @@ def run(given: argparse.Namespace) -> None:
         if given.trace
         else simulator.bursts(rate, given.requests, given.burst, MIX, seed=given.seed)
     )
-    print("| replicas | routing | requests/s | tokens/s | first 50%, 90%, 99%, ms | later 50%, 99%, ms | hits | busy | "
-          "retried | lost | refused |\n|---|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| replicas | routing | requests/s | tokens/s | first 50%, 90%, 99%, ms | later 50%, 99%, ms | hits | busy | "
+        "retried | lost | refused |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    )
     for replicas in map(int, given.replicas.split(",")):
         for routing in given.routing.split(","):
             made = cluster_of(
@@ -297,7 +314,9 @@ def run(given: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("measure")
     one.add_argument("--model")

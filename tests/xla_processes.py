@@ -82,23 +82,28 @@ def ports(count: int) -> list[int]:
 def environments(framework: str, world: int, devices: int = 1) -> list[dict[str, str]]:
     """The environment of each process; `devices`: those of a process on JAX."""
     paths = [str(Path(__file__).parent), *sys.path]
-    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+    base = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "JAX_PLATFORMS": "cpu",
+    }
     base |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"}
     base["XLA_FLAGS"] = xla_test_flags.flags(f"--xla_force_host_platform_device_count={devices}")
     if world == 1:
         return [base]
     if framework == "tf":
         workers = [f"127.0.0.1:{port}" for port in ports(world)]
-        tasks = [{"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}} for i in range(world)]
+        tasks = [
+            {"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}} for i in range(world)
+        ]
         return [{**base, "TF_CONFIG": json.dumps(task)} for task in tasks]
     address = f"127.0.0.1:{ports(1)[0]}"
     own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(world)}
     return [{**base, **own, "JAX_PROCESS_ID": str(i)} for i in range(world)]
 
 
-def started(
-    arguments: Sequence[str], environment: dict[str, str], log: Path
-) -> subprocess.Popen[bytes]:
+def started(arguments: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     """`python *arguments` with its messages in a file."""
     with log.open("wb") as output:
         return subprocess.Popen(

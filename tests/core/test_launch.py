@@ -10,7 +10,13 @@ import pytest
 from monoblock.training import TrainingOptions
 from monoblock.training.processes import Launch, launch, processes, reports
 
-TORCHRUN = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "3",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29400",
+}
 JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
 
 
@@ -60,16 +66,32 @@ def test_the_environment_gives_the_processes(
 @pytest.mark.parametrize(
     ("framework", "values", "message"),
     [
-        ("flax", JAX | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 and JAX_NUM_PROCESSES=2 of the environment must be"),
-        ("flax", {"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID= and JAX_NUM_PROCESSES=2 of the environment must be"),
+        (
+            "flax",
+            JAX | {"JAX_PROCESS_ID": "2"},
+            "JAX_PROCESS_ID=2 and JAX_NUM_PROCESSES=2 of the environment must be",
+        ),
+        (
+            "flax",
+            {"JAX_NUM_PROCESSES": "2"},
+            "JAX_PROCESS_ID= and JAX_NUM_PROCESSES=2 of the environment must be",
+        ),
         ("flax", JAX | {"JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS=here must be HOST:PORT"),
         ("pt", TORCHRUN | {"RANK": "x"}, "RANK=x and WORLD_SIZE=3 of the environment must be"),
         ("tf", {"TF_CONFIG": "{"}, "TF_CONFIG of the environment is no description of workers"),
         ("tf", {"TF_CONFIG": "[1]"}, "TF_CONFIG of the environment is no description of workers"),
-        ("tf", config("worker", 0, worker=2, ps=1), "TF_CONFIG of the environment has a ps: framework=tf trains with"),
+        (
+            "tf",
+            config("worker", 0, worker=2, ps=1),
+            "TF_CONFIG of the environment has a ps: framework=tf trains with",
+        ),
         ("tf", config("evaluator", 0, worker=2), "TF_CONFIG of the environment has a evaluator"),
         ("tf", config("worker", 2, worker=2), "TF_CONFIG of the environment: there is no worker 2 among 2"),
-        ("tf", TORCHRUN, "framework=tf finds its workers in the environment variable TF_CONFIG, but a launcher started 3"),
+        (
+            "tf",
+            TORCHRUN,
+            "framework=tf finds its workers in the environment variable TF_CONFIG, but a launcher started 3",
+        ),
     ],
 )
 def test_wrong_environments_are_refused(
@@ -82,7 +104,9 @@ def test_wrong_environments_are_refused(
 
 def test_fewer_rows_than_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     setting(monkeypatch, config("worker", 0, worker=3))
-    with pytest.raises(ValueError, match="batch_size=2 is divided over 3 processes: give at least one row for each"):
+    with pytest.raises(
+        ValueError, match="batch_size=2 is divided over 3 processes: give at least one row for each"
+    ):
         processes(TrainingOptions(framework="tf", batch_size=2))
 
 
@@ -100,11 +124,17 @@ def test_one_process_of_a_machine_reports(monkeypatch: pytest.MonkeyPatch) -> No
     ("given", "message"),
     [
         ({"mesh": "data=2"}, "mesh needs framework=flax"),
-        ({"framework": "flax", "mesh": "rows=2"}, "mesh must be the devices along the axes data, fsdp, tensor"),
+        (
+            {"framework": "flax", "mesh": "rows=2"},
+            "mesh must be the devices along the axes data, fsdp, tensor",
+        ),
         ({"framework": "flax", "mesh": "data=0"}, "mesh must be the devices along the axes"),
         ({"framework": "flax", "mesh": "data=2,data=2"}, "mesh must be the devices along the axes"),
         ({"framework": "flax", "mesh": "data=2", "parallel": "ddp"}, "parallel has no effect with mesh"),
-        ({"framework": "flax", "mesh": "data=2", "tensor_parallel": 2}, "tensor_parallel has no effect with mesh"),
+        (
+            {"framework": "flax", "mesh": "data=2", "tensor_parallel": 2},
+            "tensor_parallel has no effect with mesh",
+        ),
         ({"framework": "tf", "tensor_parallel": 2}, "tensor_parallel needs framework=pt or flax"),
         ({"framework": "tf", "parallel": "fsdp"}, "parallel=fsdp needs framework=pt or flax"),
     ],

@@ -25,7 +25,13 @@ from monoblock.training.checkpoints import SHARED, Checkpoints
 TOLERANCE = 1e-5  # float32, measured 7e-7
 # 16 rows in batches of 5: JAX fills each up to a divisible number, and one of TensorFlow's workers has no row of the
 # last one.
-BASE: dict[str, Any] = {"eval_fraction": 0.2, "max_length": 16, "max_steps": 6, "batch_size": 5, "eval_every": 3}
+BASE: dict[str, Any] = {
+    "eval_fraction": 0.2,
+    "max_length": 16,
+    "max_steps": 6,
+    "batch_size": 5,
+    "eval_every": 3,
+}
 BASE |= {"save_every": 3, "keep": 2, "keep_best": True, "device": "auto"}
 # Processes, devices of each, options.
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -81,7 +87,9 @@ def test_a_layout_on_jax_has_the_metrics_of_one_device(models: Any, task: str, l
     assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in expected.items()}
 
 
-@pytest.mark.parametrize(("first", "second"), [((2, 1), (1, 1)), ((1, 4), (2, 1)), ((1, 1), (2, 2)), ((2, 2), (1, 4))])
+@pytest.mark.parametrize(
+    ("first", "second"), [((2, 1), (1, 1)), ((1, 4), (2, 1)), ((1, 1), (2, 2)), ((2, 2), (1, 4))]
+)
 def test_checkpoints_of_jax_continue_on_other_numbers(models: Any, first: Any, second: Any) -> None:
     """Of processes and devices of each: the losses of one device; without steps, the same weights, bit for bit."""
     at = models["lm"][0]

@@ -16,7 +16,14 @@ from monoblock.training import Trainer
 TOLERANCE = 1e-5  # float32, measured 5e-7
 # 16 rows in batches of 5, whose last one has one row, so that a worker has none.
 BASE: dict[str, Any] = {"task": "lm", "framework": "tf", "eval_fraction": 0.2, "max_length": 16}
-BASE |= {"max_steps": 4, "batch_size": 5, "save_every": 2, "eval_every": 4, "keep_best": True, "device": "auto"}
+BASE |= {
+    "max_steps": 4,
+    "batch_size": 5,
+    "save_every": 2,
+    "eval_every": 4,
+    "keep_best": True,
+    "device": "auto",
+}
 
 
 def test_two_workers_have_the_losses_of_one_which_continues(tmp_path: Path) -> None:

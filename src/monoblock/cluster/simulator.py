@@ -289,7 +289,12 @@ class _Engine:
     def _follows(self, request: _Request) -> bool:
         """Whether a sequence with the same prefix computes it now, which this one then finds in the cache."""
         prefix = request.arrival.prefix
-        if not prefix or not self.cluster.prefix_cache or prefix in self.cache.held or prefix in self.cache.idle:
+        if (
+            not prefix
+            or not self.cluster.prefix_cache
+            or prefix in self.cache.held
+            or prefix in self.cache.idle
+        ):
             return False
         return any(one.arrival.prefix == prefix and one.missing > 1 for one in self.running)
 
@@ -349,7 +354,12 @@ class _Engine:
             request.done += count
             arrival = request.arrival
             shared = min(arrival.prefix_tokens, arrival.prompt - 1) // BLOCK
-            if self.cluster.prefix_cache and arrival.prefix and not request.shared and request.done >= shared * BLOCK:
+            if (
+                self.cluster.prefix_cache
+                and arrival.prefix
+                and not request.shared
+                and request.done >= shared * BLOCK
+            ):
                 if self.cache.register(arrival.prefix, shared):
                     request.shared, request.blocks = True, request.blocks - shared
             if request.missing:
@@ -481,7 +491,9 @@ class _Simulation:
 
     def _live(self, engine: _Engine, now: float) -> None:
         if self.cluster.lifetime is not None:
-            self._at(now + self.random.expovariate(1 / self.cluster.lifetime), self._fail, engine, engine.life)
+            self._at(
+                now + self.random.expovariate(1 / self.cluster.lifetime), self._fail, engine, engine.life
+            )
 
     def _fail(self, now: float, engine: _Engine, life: int | None) -> None:
         if not engine.alive or life not in (None, engine.life):
@@ -597,7 +609,13 @@ def read_trace(path: str | Path) -> list[Arrival]:
 
 
 def _lines(path: Path) -> Iterator[Arrival]:
-    kinds: dict[str, Any] = {"time": (int, float), "prompt": int, "new": int, "prefix": str, "prefix_tokens": int}
+    kinds: dict[str, Any] = {
+        "time": (int, float),
+        "prompt": int,
+        "new": int,
+        "prefix": str,
+        "prefix_tokens": int,
+    }
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -613,5 +631,7 @@ def _lines(path: Path) -> Iterator[Arrival]:
                 raise ValueError(f"{path}, line {number}: {name}={brief(value)} is no field of a request")
         made = Arrival(**found)
         if made.time < 0 or made.prompt < 1 or made.new < 1 or not 0 <= made.prefix_tokens <= made.prompt:
-            raise ValueError(f"{path}, line {number}: times and tokens must be positive, prefix_tokens at most prompt")
+            raise ValueError(
+                f"{path}, line {number}: times and tokens must be positive, prefix_tokens at most prompt"
+            )
         yield made

@@ -283,7 +283,9 @@ class TrainingOptions:
         if self.framework == "tf":
             self._refuse("tensor_parallel", "needs framework=pt or flax")
             if self.parallel == "fsdp":
-                raise ValueError("parallel=fsdp needs framework=pt or flax: with tf each process has all weights (ddp)")
+                raise ValueError(
+                    "parallel=fsdp needs framework=pt or flax: with tf each process has all weights (ddp)"
+                )
         if self.mesh is None:
             return
         if self.framework != "flax":
@@ -302,7 +304,11 @@ class TrainingOptions:
         found: dict[str, int] = {}
         for part in (self.mesh or "").split(","):
             name, _, size = (x.strip() for x in part.partition("="))
-            if name not in AXES or name in found or not (size.isascii() and size.isdigit() and 0 < int(size) < 10**6):
+            if (
+                name not in AXES
+                or name in found
+                or not (size.isascii() and size.isdigit() and 0 < int(size) < 10**6)
+            ):
                 return {}
             found[name] = int(size)
         return found

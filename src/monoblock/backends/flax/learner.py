@@ -132,9 +132,7 @@ class FlaxLearner(LearnerBase):
         updates, state = self._optimizer.update(scaled, state, params)
         return jax.tree.map(lambda p, update: p - rate * update, params, updates), state
 
-    def _loss(
-        self, params: Any, batch: Batch, count: Any, key: Any = None, *, rows: int, train: bool
-    ) -> Any:
+    def _loss(self, params: Any, batch: Batch, count: Any, key: Any = None, *, rows: int, train: bool) -> Any:
         """The sum of the losses of a batch's first `rows`, divided by `count`."""
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         out = self.model(**given, params=params, dropout_rng=key, train=train)
@@ -201,7 +199,9 @@ class FlaxLearner(LearnerBase):
         other = type(self.model).from_pretrained(folder, dtype="float32")
         found = other.to_fp32(other.params)
         shards, _ = self._shardings()
-        self.params = jax.device_put(found, self.device) if shards is None else jax.tree.map(put, found, shards)
+        self.params = (
+            jax.device_put(found, self.device) if shards is None else jax.tree.map(put, found, shards)
+        )
 
 
 def _write(path: Path, tree: Any) -> None:

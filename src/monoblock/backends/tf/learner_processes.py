@@ -21,7 +21,14 @@ from monoblock.training.options import TrainingOptions
 from monoblock.training.processes import Launch, Processes
 
 _FAILED = "monoblock/failed"  # a key of the first worker that failed
-_LOST = ("collective", "connection", "coordination", "socket", "unavailable", "aborted")  # in errors of TensorFlow
+_LOST = (
+    "collective",
+    "connection",
+    "coordination",
+    "socket",
+    "unavailable",
+    "aborted",
+)  # in errors of TensorFlow
 
 
 class StrategyWorkers(Processes):
@@ -99,7 +106,9 @@ def join(options: TrainingOptions, started: Launch) -> StrategyWorkers:
             ) from error
         except tf.errors.OpError as error:
             text = " ".join(str(error.message).split())
-            raise ConnectionError(f"worker {started.rank} of {started.size} does not find the others: {text[:200]}") from error
+            raise ConnectionError(
+                f"worker {started.rank} of {started.size} does not find the others: {text[:200]}"
+            ) from error
     return StrategyWorkers(strategy, started)
 
 
