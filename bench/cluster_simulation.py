@@ -6,7 +6,7 @@
     python bench/cluster_simulation.py tables          (writes the table and the picture of docs/scaling.md)
 
 `measure` runs the engine (by default on the embedded demo) in one thread: first on requests that all arrive at once, to
-whose steps the cost is fitted, then on Poisson arrivals and bursts, whose latencies it compares with the simulated ones.
+whose steps the cost is fitted, then on Poisson arrivals and bursts, and compares their latencies with the simulated ones.
 Its clock is the thread's processor time, which other work on the machine changes little; while nothing is to do, it
 jumps to the next arrival. There is no HTTP and no front in it.
 """
@@ -252,7 +252,8 @@ def picture(curves: dict[str, list[tuple[float, float]]]) -> str:
         return f"{across:.1f},{height - bottom - (math.log10(y) - low) / (high - low) * (height - top - bottom):.1f}"
 
     found = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' font-family='sans-serif' font-size='12'>",
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' "
+        "font-family='sans-serif' font-size='12'>",
         "<title>Time to the first token of four replicas by their load, simulated</title>",
         f"<rect width='{width}' height='{height}' fill='white'/>",
     ]
@@ -308,8 +309,9 @@ def run(given: argparse.Namespace) -> None:
             first = ", ".join(f"{value * 1e3:.0f}" for value in found.first.values())
             later = ", ".join(f"{found.between[p] * 1e3:.1f}" for p in (50, 99))
             print(
-                f"| {replicas} | {routing} | {found.requests_per_second:.1f} | {found.tokens_per_second:.0f} | {first} | "
-                f"{later} | {found.hit_rate:.0%} | {found.busy:.0%} | {found.retried} | {found.lost} | {found.refused} |"
+                f"| {replicas} | {routing} | {found.requests_per_second:.1f} | {found.tokens_per_second:.0f} | "
+                f"{first} | {later} | {found.hit_rate:.0%} | {found.busy:.0%} | {found.retried} | {found.lost} | "
+                f"{found.refused} |"
             )
 
 

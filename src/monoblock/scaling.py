@@ -21,7 +21,7 @@ ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZED = {"int8": 8, "int4": 4}
 GROUP, RUN = 128, 128  # inputs per scale; inputs are padded to a multiple of RUN
 SLACK = 64  # spare slots of a cache, and tokens that it keeps beyond a window
-# Of the loss (training/losses.py of PyTorch): bytes of logits at a time, and logits whose softmax is computed at a time.
+# Of the loss (training/losses.py of PyTorch): bytes of logits at a time, and logits whose softmax is computed at once.
 CHUNK, SOFTMAX = 1 << 25, 1 << 21
 # Tensor parallelism beyond a machine's devices has slow links (arXiv:2104.04473, section 3.2).
 MOST_TENSOR = 8

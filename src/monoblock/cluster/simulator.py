@@ -127,10 +127,10 @@ class SimulatedCluster:
 @dataclass(frozen=True, kw_only=True)
 class SimulationResult:
     """What was simulated. `first` and `between`: the percentiles of the seconds to the first token, and of the mean
-    seconds of each later token of a request; `total`: of the seconds in all. `retried`: times that a request was given
-    to another replica; `lost`: requests whose answer ended with an error; `refused`: those that found all queues
-    full. `hit_rate`: the part of the prompts' tokens that was in the prefix cache; `busy`: the part of the time in which
-    the replicas computed."""
+    seconds of each later token of a request; `total`: of the seconds in all. `retried`: times that a request was
+    given to another replica; `lost`: requests whose answer ended with an error; `refused`: those that found all queues
+    full. `hit_rate`: the part of the prompts' tokens that was in the prefix cache; `busy`: the part of the time in
+    which the replicas computed."""
 
     finished: int
     lost: int
@@ -359,9 +359,9 @@ class _Engine:
                 and arrival.prefix
                 and not request.shared
                 and request.done >= shared * BLOCK
+                and self.cache.register(arrival.prefix, shared)
             ):
-                if self.cache.register(arrival.prefix, shared):
-                    request.shared, request.blocks = True, request.blocks - shared
+                request.shared, request.blocks = True, request.blocks - shared
             if request.missing:
                 continue
             request.made += 1

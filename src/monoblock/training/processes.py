@@ -63,8 +63,9 @@ TF_CONFIG = "TF_CONFIG"
 
 
 def launch(framework: str = "pt") -> Launch:
-    """The processes that a launcher started for a framework: by torchrun's variables; for JAX also by JAX_NUM_PROCESSES,
-    JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS; for TensorFlow by TF_CONFIG. ValueError: these are no such values."""
+    """The processes that a launcher started for a framework: by torchrun's variables; for JAX also by
+    JAX_NUM_PROCESSES, JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS; for TensorFlow by TF_CONFIG. ValueError: these are
+    no such values."""
     if framework == "tf":
         return _of_tf_config()
     if framework == "flax" and any(name in os.environ for name in JAX_VARIABLES[1:]):
@@ -114,8 +115,8 @@ def _of_tf_config() -> Launch:
         return Launch()
     if others or kind not in counts:
         raise ValueError(
-            f"{TF_CONFIG} of the environment has a {(others or [kind])[0]}: framework=tf trains with the tasks chief and "
-            "worker only"
+            f"{TF_CONFIG} of the environment has a {(others or [kind])[0]}: framework=tf trains with the tasks "
+            "chief and worker only"
         )
     rank = index + (counts["chief"] if kind == "worker" else 0)
     if not 0 <= rank < size or index >= counts[kind]:
@@ -154,8 +155,8 @@ def processes(options: TrainingOptions) -> Processes:
     if options.framework == "tf":
         if started.size == 1 and (count := launch().size) > 1:
             raise ValueError(
-                f"framework=tf finds its workers in the environment variable {TF_CONFIG}, but a launcher started {count} "
-                "processes without it: set it in each of them (docs/training.md)"
+                f"framework=tf finds its workers in the environment variable {TF_CONFIG}, but a launcher started "
+                f"{count} processes without it: set it in each of them (docs/training.md)"
             )
         if options.batch_size < started.size:
             raise ValueError(_too_few_rows(options, started.size))

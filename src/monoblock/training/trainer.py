@@ -117,9 +117,9 @@ class _State:
 class Trainer:
     """Fine-tunes a model on a file.
 
-    The constructor checks options and data, before a model is loaded; `train` runs. In a program that a launcher started
-    in several processes, these train one model together, and the first one writes and shows. ValueError: an option or
-    the data is wrong. FileNotFoundError: there is no such file.
+    The constructor checks options and data, before a model is loaded; `train` runs. In a program that a launcher
+    started in several processes, these train one model together, and the first one writes and shows. ValueError: an
+    option or the data is wrong. FileNotFoundError: there is no such file.
     """
 
     def __init__(self, options: TrainingOptions, among: Processes | None = None) -> None:

@@ -110,8 +110,8 @@ def join(options: TrainingOptions, started: Launch) -> MeshProcesses:
     if started.size > 1 and not jax.distributed.is_initialized():
         if started.address is None:
             raise ValueError(
-                f"{started.size} processes need an address at which they meet: set JAX_COORDINATOR_ADDRESS to HOST:PORT "
-                "of the first one"
+                f"{started.size} processes need an address at which they meet: set JAX_COORDINATOR_ADDRESS to "
+                "HOST:PORT of the first one"
             )
         try:
             jax.distributed.initialize(
@@ -120,7 +120,8 @@ def join(options: TrainingOptions, started: Launch) -> MeshProcesses:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ConnectionError(
-                f"process {started.rank} of {started.size} does not find the others at {started.address}: {reason[:200]}"
+                f"process {started.rank} of {started.size} does not find the others at {started.address}: "
+                f"{reason[:200]}"
             ) from error
     found = MeshProcesses(_mesh(options))
     if options.batch_size < found.row_shards:

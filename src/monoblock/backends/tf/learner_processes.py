@@ -94,8 +94,8 @@ def join(options: TrainingOptions, started: Launch) -> StrategyWorkers:
         )
     if options.device not in ("auto", "cuda" if gpus else "cpu"):
         raise ValueError(
-            f"device={options.device}: several workers take auto, or {'cuda' if gpus else 'cpu'}; which devices there are "
-            "is set by CUDA_VISIBLE_DEVICES (-1 for none)"
+            f"device={options.device}: several workers take auto, or {'cuda' if gpus else 'cpu'}; which devices "
+            "there are is set by CUDA_VISIBLE_DEVICES (-1 for none)"
         )
     with _quiet():
         try:
