@@ -5,8 +5,8 @@
         [--routing two-choices,prefix] [--trace requests.jsonl] [--lifetime SECONDS] [--burst N]
     python bench/cluster_simulation.py tables          (writes the table and the picture of docs/scaling.md)
 
-`measure` runs the engine (by default on the embedded demo) in one thread: first on requests that all arrive at once, to
-whose steps the cost is fitted, then on Poisson arrivals and bursts, and compares their latencies with the simulated ones.
+`measure` runs the engine (by default on the embedded demo) in one thread: first on requests that all arrive at once,
+then on Poisson arrivals and bursts. It compares their latencies with simulated ones, by the cost of each run's steps.
 Its clock is the thread's processor time, which other work on the machine changes little; while nothing is to do, it
 jumps to the next arrival. There is no HTTP and no front in it.
 """
