@@ -129,7 +129,7 @@ def cluster_of(**more: Any) -> SimulatedCluster:
 
 
 def measure(model: str | None, output: Path) -> None:
-    """Write the recording, and print the comparison."""
+    """Write the measurements, and print the comparison."""
     measured(engine_of(model), clipped(simulator.poisson(1e6, 40, MIX, seed=9)))  # the processor's caches
     steps, at_once = measured(engine_of(model), clipped(simulator.poisson(1e6, 150, MIX, seed=1)))
     capacity = at_once["requests_per_second"]
@@ -168,7 +168,7 @@ def cost_of(steps: list[list[float]]) -> StepCost:
 
 
 def read(path: Path) -> tuple[StepCost, float, dict[str, Any]]:
-    """The cost, the requests per second of an engine, and the runs of a recording."""
+    """The cost, the requests per second of an engine, and the runs of a file of measurements."""
     found = json.loads(path.read_text())
     return cost_of(found["steps"]), found["capacity"], found["runs"]
 
@@ -227,10 +227,10 @@ def tables() -> None:
             f"{found.hit_rate:.0%} | {found.busy:.0%} | {found.retried} | {found.lost} |"
         )
     PAGE.write_text(text[:start] + "\n".join(lines) + "\n" + text[end:], encoding="utf-8")
-    shares = [0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8]
+    shares = [0.15, 0.25, 0.35, 0.45, 0.55, 0.65]
     curves = {
         routing: [
-            (4 * capacity * s, studied(4 * capacity * s, routing, replicas=4).first[90] * 1e3) for s in shares
+            (4 * capacity * s, studied(4 * capacity * s, routing, 500, replicas=4).first[90] * 1e3) for s in shares
         ]
         for routing in ("two-choices", "round-robin", "least-load", "prefix")
     }

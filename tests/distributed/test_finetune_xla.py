@@ -234,7 +234,7 @@ def test_torchrun_starts_processes_of_jax(models: Any) -> None:
         env=xla_processes.environments("flax", 1)[0],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     assert "loading in 2 processes" in done.stderr and len(losses(metrics(at / "torchrun"))) == 3
