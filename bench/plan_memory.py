@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def measured(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tiny = {key: value for key, value in fields.items() if key == "attention_types"}
         small = make(**{**fields, **_small(cls_name), **tiny})
-        small_work = scaling.Workload(batch=1, context=32, train=work.train, dtype=work.dtype)
+        # With checkpointing too, which imports 40 MB of PyTorch's modules at its first use.
+        small_work = replace(work, batch=1, context=32)
         if work.train:
             run(cls(small).to(dtype), small_work, 2)
             before = resident("VmRSS")

@@ -21,7 +21,8 @@ ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZED = {"int8": 8, "int4": 4}
 GROUP, RUN = 128, 128  # inputs per scale; inputs are padded to a multiple of RUN
 SLACK = 64  # spare slots of a cache, and tokens that it keeps beyond a window
-LOGITS = 1 << 24  # logits that the loss computes at a time
+# Of the loss (training/losses.py of PyTorch): bytes of logits at a time, and logits whose softmax is computed at once.
+CHUNK, SOFTMAX = 1 << 25, 1 << 21
 # Tensor parallelism beyond a machine's devices has slow links (arXiv:2104.04473, section 3.2).
 MOST_TENSOR = 8
 LARGEST = 1024  # devices that are proposed at most
@@ -177,7 +178,7 @@ def memory(spec: ArchSpec, head: HeadSpec | None, layout: DeviceLayout, work: Wo
         optimizer=count * optimizer_bytes(work.dtype),
         gathered=_gathered(spec, head, layout, item),
         activations=saved,
-        layer=layer,
+        layer=layer + 4 * head_values(spec, head, layout.tensor),  # of the loss, until its backward pass ends
         head=_loss(spec, head, layout.tensor, rows, work),
         temporary=max(added, copies),
         accumulates=work.accumulation > 1,
@@ -290,16 +291,20 @@ def saved_per_token(spec: ArchSpec, tensor: int, context: int, item: int) -> int
 
 
 def _loss(spec: ArchSpec, head: HeadSpec | None, tensor: int, rows: int, work: Workload) -> int:
-    """A chunk of tokens in the loss: the logits, their log-softmax and the gradients of both in float32, with the sum
-    of the head's gradients; or, when the chunk's gradient is added to that sum, one of them with the head's gradient
-    and its transpose."""
+    """The loss, which is computed with its gradients in chunks of tokens. For all of them: the hidden states with a
+    label, their gradients, and the sums of the head's gradients in float32. For a chunk: the logits and their
+    gradients; with these the softmax in float32 of some of them, or the chunk's gradients of the head and of its hidden
+    states."""
     if head is None or KINDS[head.kind].size != "vocab":
         return 0
-    tokens, item = min(rows * work.context, max(1, LOGITS // spec.vocab)), ITEM[work.dtype]
-    logits = tokens * spec.vocab * 4
-    copy = tokens * spec.vocab * item if item < 4 else 0
-    matrix = head_values(spec, head, tensor) * 4
-    return max(4 * logits + copy + matrix, logits + 3 * matrix)
+    item, every = ITEM[work.dtype], rows * work.context
+    tokens = min(every, max(1, CHUNK // (spec.vocab * item)))
+    logits = tokens * spec.vocab * item
+    # log_softmax makes a float32 copy of logits in another dtype.
+    softmax = min(max(SOFTMAX, spec.vocab), tokens * spec.vocab) * (4 if item == 4 else 8)
+    values = head_values(spec, head, tensor)
+    gradients = (values + tokens * spec.width) * item
+    return 2 * every * spec.width * item + 4 * values + 2 * logits + max(softmax, gradients)
 
 
 def head_values(spec: ArchSpec, head: HeadSpec | None, tensor: int) -> int:

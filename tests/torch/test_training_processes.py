@@ -24,7 +24,7 @@ from monoblock.partition import shard_shapes, tensor_plan
 from monoblock.training import Trainer, TrainingOptions
 from monoblock.training import processes as processes_module
 from monoblock.training.checkpoints import SHARED
-from monoblock.training.processes import launched, processes
+from monoblock.training.processes import launch, processes
 
 torch.set_num_threads(1)
 
@@ -154,15 +154,14 @@ def test_wrong_numbers_of_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
         ValueError, match="tensor_parallel=2 needs as many processes: start the command by torchrun"
     ):
         processes(TrainingOptions(tensor_parallel=2))
-    assert launched() == 1
+    assert launch().size == 1
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert launched() == 3
+    assert launch().size == 3
     refused: list[tuple[dict[str, Any], str]] = [
         ({"tensor_parallel": 2}, "tensor_parallel=2 must divide the number of processes, 3"),
         ({"batch_size": 2}, "batch_size=2 is divided over 3 processes: give at least one row for each"),
-        ({"framework": "flax"}, "framework=flax trains in one process, but 3 were started: use framework=pt"),
-        ({"framework": "tf"}, "framework=tf trains in one process, but 3 were started"),
+        ({"framework": "tf"}, "framework=tf finds its workers in the environment variable TF_CONFIG"),
         ({"lora_rank": 2, "merge": True}, "merge needs whole weights, which parallel=fsdp divides"),
     ]
     for more, message in refused:
@@ -170,7 +169,7 @@ def test_wrong_numbers_of_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
             processes(TrainingOptions(**more))
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(ValueError, match="RANK=3 and WORLD_SIZE=3 of the environment must be"):
-        launched()
+        launch()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert not processes_module.reports()
@@ -193,7 +192,7 @@ def test_wrong_numbers_of_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
             {"lora_rank": 2, "tensor_parallel": 2},
             "tensor_parallel does not divide the matrices of an adapter",
         ),
-        ({"framework": "flax", "parallel": "ddp"}, "parallel"),
+        ({"framework": "tf", "parallel": "fsdp"}, "parallel=fsdp needs framework=pt or flax"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(given: dict[str, Any], message: str) -> None:

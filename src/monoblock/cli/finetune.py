@@ -77,9 +77,10 @@ def finetune(
     """
     from monoblock.training.processes import processes, reports
 
-    with _reported_by(reports()):
-        values = {} if recipe is None else read_recipe(recipe)
-        values |= {name: value for name, value in vars(given).items() if value is not None}
+    values = {name: value for name, value in vars(given).items() if value is not None}
+    with _reported_by(lambda: reports(values.get("framework", "pt"))):
+        if recipe is not None:
+            values = read_recipe(recipe) | values
         try:
             options = TrainingOptions(**values)
         except ValueError as error:
@@ -107,7 +108,7 @@ def finetune(
 
 
 @contextmanager
-def _reported_by(this: bool) -> Generator[None]:
+def _reported_by(this: Callable[[], bool]) -> Generator[None]:
     """Errors of the block, which several processes find alike, end this one without a message unless it reports
     them."""
     try:
@@ -115,7 +116,7 @@ def _reported_by(this: bool) -> Generator[None]:
     except typer.Exit:
         raise
     except Exception as error:
-        if this:
+        if this():
             raise
         raise typer.Exit(2 if isinstance(error, typer.BadParameter) else console.FAILURE) from None
 

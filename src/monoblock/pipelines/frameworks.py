@@ -20,6 +20,7 @@ class Framework:
     extra: str
     backend: str
     learning: str  # the backend's module with the learners
+    joining: str  # the backend's module with the processes of fine-tuning
 
     @property
     def install(self) -> str:
@@ -58,8 +59,8 @@ class Framework:
 
     @property
     def training_processes(self) -> Any:
-        """PyTorch's module that joins the processes of a launcher."""
-        return importlib.import_module(f"monoblock.backends.{self.backend}.training.processes")
+        """The backend's module that joins the processes of a launcher."""
+        return importlib.import_module(f"monoblock.backends.{self.backend}.{self.joining}")
 
     def missing(self) -> str | None:
         """The first of its packages that is not installed; None if all are installed."""
@@ -75,9 +76,16 @@ FRAMEWORKS: dict[str, Framework] = {
         extra="torch",
         backend="pytorch",
         learning="training.kinds",
+        joining="training.processes",
     ),
     "flax": Framework(
-        name="JAX", prefix="Flax", needs=("jax", "flax"), extra="jax", backend="flax", learning="learner"
+        name="JAX",
+        prefix="Flax",
+        needs=("jax", "flax"),
+        extra="jax",
+        backend="flax",
+        learning="learner",
+        joining="learner_processes",
     ),
     "tf": Framework(
         name="TensorFlow",
@@ -86,6 +94,7 @@ FRAMEWORKS: dict[str, Framework] = {
         extra="tf",
         backend="tf",
         learning="learner",
+        joining="learner_processes",
     ),
 }
 

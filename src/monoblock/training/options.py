@@ -23,6 +23,7 @@ PROBLEMS = ("single-label", "multi-label", "regression")
 QUANTIZED = ("int8", "int4")
 REPORTS = ("tensorboard",)
 PARALLEL = ("fsdp", "ddp")
+AXES = ("data", "fsdp", "tensor")  # of a mesh on JAX
 FRAMEWORKS = ("pt", "flax", "tf")
 FALLING = ("loss", "perplexity", "mse")  # metrics that are better if lower
 
@@ -205,7 +206,13 @@ class TrainingOptions:
         "default: fsdp, but ddp for embedding, with quantize and with adamw_8bit.",
         choices=PARALLEL,
     )
-    tensor_parallel: int = _option(1, "Processes that divide each matrix (tensor parallelism).", least=1)
+    tensor_parallel: int = _option(
+        1, "Processes, on JAX devices, that divide each matrix (tensor parallelism).", least=1
+    )
+    mesh: str | None = _option(
+        None,
+        "JAX: the devices along each axis, such as data=2,fsdp=2,tensor=1, in place of parallel and tensor_parallel.",
+    )
     # The hub
     revision: str | None = _option(None, "Branch, tag or commit of a model on the hub.")
     offline: bool = _option(False, "Use only files that are on this machine.")
@@ -274,6 +281,7 @@ class TrainingOptions:
                 )
             for name in PYTORCH_ONLY:
                 self._refuse(name, "needs framework=pt")
+        self._check_layout()
         if self.packing and self.task not in ("lm", "chat"):
             raise ValueError(f"packing is for the tasks lm and chat, not for {self.task}")
 
@@ -304,6 +312,48 @@ class TrainingOptions:
             raise ValueError(
                 "tensor_parallel does not divide the matrices of an adapter: use parallel=fsdp with lora_rank"
             )
+
+    def _check_layout(self) -> None:
+        """Refuse layouts of processes that a framework does not have."""
+        if self.framework == "tf":
+            self._refuse("tensor_parallel", "needs framework=pt or flax")
+            if self.parallel == "fsdp":
+                raise ValueError(
+                    "parallel=fsdp needs framework=pt or flax: with tf each process has all weights (ddp)"
+                )
+        if self.mesh is None:
+            return
+        if self.framework != "flax":
+            self._refuse("mesh", "needs framework=flax")
+        for name in ("parallel", "tensor_parallel"):
+            self._refuse(name, "has no effect with mesh")
+        if not self.mesh_sizes:
+            raise ValueError(
+                f"mesh must be the devices along the axes {', '.join(AXES)}, such as data=2,tensor=2, got "
+                f"{brief(self.mesh)}"
+            )
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """The devices along each axis that `mesh` names; empty if it is not well formed."""
+        found: dict[str, int] = {}
+        for part in (self.mesh or "").split(","):
+            name, _, size = (x.strip() for x in part.partition("="))
+            if (
+                name not in AXES
+                or name in found
+                or not (size.isascii() and size.isdigit() and 0 < int(size) < 10**6)
+            ):
+                return {}
+            found[name] = int(size)
+        return found
+
+    @property
+    def has_mesh(self) -> bool:
+        """Whether a layout of devices is asked for, which one process on JAX may have too."""
+        return self.framework == "flax" and (
+            self.mesh is not None or self.parallel is not None or self.tensor_parallel > 1
+        )
 
     @property
     def divides_weights(self) -> bool:
@@ -385,7 +435,7 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
 
 # The tasks of all frameworks, and the options of PyTorch only.
 OF_ALL = ("lm", "classification")
-PYTORCH_ONLY = ("packing", "dtype", "optimizer", "freeze", "lora_rank", "parallel", "tensor_parallel")
+PYTORCH_ONLY = ("packing", "dtype", "optimizer", "freeze", "lora_rank")
 
 # The options of an evaluation.
 EVALUATION = (

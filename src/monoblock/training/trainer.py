@@ -58,6 +58,7 @@ FREE = (
     "model",
     "parallel",
     "tensor_parallel",
+    "mesh",
 )
 
 
@@ -118,9 +119,9 @@ class _State:
 class Trainer:
     """Fine-tunes a model on a file.
 
-    The constructor checks options and data, before a model is loaded; `train` runs. In a program that torchrun started
-    in several processes, these train one model together, and the first one writes and shows. ValueError: an option or
-    the data is wrong. FileNotFoundError: there is no such file.
+    The constructor checks options and data, before a model is loaded; `train` runs. In a program that a launcher
+    started in several processes, these train one model together, and the first one writes and shows. ValueError: an
+    option or the data is wrong. FileNotFoundError: there is no such file.
     """
 
     def __init__(self, options: TrainingOptions, among: Processes | None = None) -> None:
@@ -187,10 +188,11 @@ class Trainer:
             state = _State(**stored["state"])
             if not (last / SHARED).is_dir():
                 source = str(last)
-            if several and state.best is not None and options.keep_best:
+            if several and state.best is not None and options.keep_best and options.framework == "pt":
                 self._check_best()
-        among: dict[str, Any] = {"processes": self.processes} if several else {}
-        learner = prepared.learner(task, options, prepared.fields, source=source, base=prepared.base, **among)
+        learner = prepared.learner(
+            task, options, prepared.fields, source=source, base=prepared.base, processes=self.processes
+        )
         if steps:
             learner.restore(self.checkpoints.path(steps[-1]))
         trained, total = learner.count()

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from monoblock.backends.tf import pipeline_adapter
 from monoblock.backends.tf.ops import Tensor
-from monoblock.backends.xla.learner import STATE, Batch, LearnerBase
+from monoblock.backends.xla.learner import STATE, Batch, LearnerBase, Units, Written
 from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
@@ -92,10 +92,27 @@ class TFLearner(LearnerBase):
         if self.model.seeds is not None:
             step: Any = self.optimizer.iterations
             entropy = (self.options.seed % 2**64, int(step.numpy()), number)
+            if self.processes.rows > 1:
+                entropy += (self.processes.row,)
             self.model.seeds.state.assign(np.random.SeedSequence(entropy).generate_state(2))
         with tf.device(self.device):
             loss, found = self._program(self._differentiated, batch)(batch, tf.constant(count, tf.float32))
         return float(loss), found
+
+    def batch_gradients(self, batch: Units, count: int, number: int) -> tuple[float, Any]:
+        row, rows = self.processes.row, self.processes.rows
+        own = batch[len(batch) * row // rows : len(batch) * (row + 1) // rows]
+        if own:
+            return self.gradients(self.inputs(own), count, number)
+        with tf.device(self.device):  # the last batch has fewer rows than there are workers
+            return 0.0, [tf.zeros(x.shape, x.dtype) for x in self.variables.values()]
+
+    def summed(self, values: list[float], gradients: Any) -> tuple[list[float], Any]:
+        if self.processes.size == 1:
+            return values, gradients
+        with tf.device(self.device):
+            losses, *found = self.processes.sums([tf.constant(values), *gradients])
+        return losses.numpy().tolist(), found
 
     def add(self, one: Any, other: Any) -> Any:
         return [x + y for x, y in zip(one, other, strict=True)]
@@ -156,6 +173,14 @@ class TFLearner(LearnerBase):
         """Write the optimizer's state into a checkpoint. Dropout has seeds of the step."""
         state = {name: x.numpy() for name, x in self.optimizer.moments(self.variables).items()}
         save_tensors(folder / STATE, {name: np.asarray(x) for name, x in state.items()}, framework="np")
+
+    def start_saving(self, folder: Path, *, weights_only: bool = False) -> Written:
+        """Write a checkpoint of several workers: the first one writes that of one process."""
+        if self.processes.first:
+            self.save(folder)
+            if not weights_only:
+                self.save_state(folder)
+        return Written()
 
     def restore(self, folder: Path) -> None:
         """Set the state of a checkpoint, whose weights are loaded already. CheckpointError: it is of other

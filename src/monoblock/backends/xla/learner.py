@@ -15,6 +15,7 @@ import monoblock
 from monoblock.seeds import set_seed
 from monoblock.training.options import TrainingOptions
 from monoblock.training.padding import pad_id, padded
+from monoblock.training.processes import Processes
 from monoblock.training.tasks.base import Example, NotFinite, Task
 
 STATE = "training"  # the subfolder of a checkpoint with the optimizer's state
@@ -39,9 +40,11 @@ class LearnerBase:
         source: str,
         base: str,
         train: bool = True,
+        processes: Processes | None = None,
     ) -> None:
         del base  # there is no adapter
         self.task, self.options = task, options
+        self.processes: Any = processes or Processes()
         set_seed(options.seed)
         self.tokenizer = task.tokenizer
         self.pad = pad_id(self.tokenizer)
@@ -68,19 +71,29 @@ class LearnerBase:
         """One step over batches of rows: the mean loss, and the gradients' norm before clipping. NotFinite, before the
         weights change: one of them is no finite number."""
         count = max(1, sum(self.task.weight(e) for batch in units for unit in batch for e in unit))
-        total, gradients = 0.0, None
+        values, gradients = list[float](), None
         for number, batch in enumerate(units):
-            value, found = self.gradients(self.inputs(batch), count, number)
+            value, found = self.batch_gradients(batch, count, number)
+            gradients = found if gradients is None else self.add(gradients, found)
+            values.append(value)
+        values, gradients = self.summed(values, gradients)
+        for number, value in enumerate(values):
             if not math.isfinite(value):
                 raise NotFinite(f"the loss is {value}", number)
-            gradients = found if gradients is None else self.add(gradients, found)
-            total += value
         norm = self.norm(gradients)
         if not math.isfinite(norm):
             raise NotFinite(f"the norm of the gradients is {norm}")
         limit = self.options.max_grad_norm
         self.update(gradients, min(1.0, limit / (norm + _TINY)) if limit else 1.0, learning_rate)
-        return total, norm
+        return sum(values), norm
+
+    def batch_gradients(self, batch: Units, count: int, number: int) -> tuple[float, Any]:
+        """`gradients` of a batch, or of the rows of it that this process computes."""
+        return self.gradients(self.inputs(batch), count, number)
+
+    def summed(self, values: list[float], gradients: Any) -> tuple[list[float], Any]:
+        """The losses of the batches, and their gradients, summed over the processes that divide the rows."""
+        return values, gradients
 
     def gradients(self, batch: Batch, count: int, number: int) -> tuple[float, Any]:
         """The sum of the losses of a step's batch `number`, divided by `count`, and its gradients. Dropout depends on
@@ -150,9 +163,21 @@ class LearnerBase:
     # ------------------------------------------------------------------ files
 
     def save(self, folder: Path) -> None:
-        """Write the model and the tokenizer."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write the model and the tokenizer, in the first process. All processes call it."""
+        if self.processes.first:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def finish(self) -> None:
         """There is no adapter to merge."""
+
+
+class Written:
+    """The end of a save that has ended already, as `SharedCheckpoints` expects it."""
+
+    def done(self) -> bool:
+        """The files are written."""
+        return True
+
+    def result(self) -> None:
+        """There is nothing to wait for."""

@@ -95,10 +95,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 gradients = list(torch.autograd.grad(edge, wanted, gradient_nv, allow_unused=True))
                 if own is not None:
                     own[start : start + size] = gradients.pop(0)
-                for sum_, gradient in zip(sums, gradients, strict=True):
-                    if gradient is not None:
-                        _add(gradient, sum_)
-                del gradients, edge  # before the next chunk's
+                while gradients:  # freed one by one, before the next chunk's
+                    _add(gradients.pop(), sums[len(gradients)])
+                del edge
         ctx.own, ctx.sums, ctx.dtypes = own, sums, [p.dtype for p in parameters]
         return total
 
@@ -110,8 +109,10 @@ class _ChunkedLoss(torch.autograd.Function):
         return (None, own, None, *sums)
 
 
-def _add(gradient: Tensor, to: Tensor) -> None:
+def _add(gradient: Tensor | None, to: Tensor) -> None:
     """Add to a float32 sum; by rows, since PyTorch converts an argument of another dtype as a whole."""
+    if gradient is None:
+        return
     rows = max(1, ADDED // to[0].numel())
     for start in range(0, len(to), rows):
         to[start : start + rows] += gradient[start : start + rows]
@@ -128,4 +129,5 @@ def _loss_and_gradient(logits_nv: Tensor, labels_n: Tensor, gradient_nv: Tensor)
         total -= own.sum()
         # exp(own) - 1 exactly where the probability is nearly one
         gradient_nv[start : start + rows] = log_probs.exp_().scatter_(1, at, own.expm1())
+        del log_probs  # before the next one
     return total
