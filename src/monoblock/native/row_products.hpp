@@ -60,12 +60,13 @@ inline void over_rows(const Matrix& m, const Prepared& x, int64_t rows, float* y
 }
 
 #if defined(__AVX512VNNI__)
-// Quantised weights: the GEMM adds in the order of the tiles, and is faster from so many rows on.
+constexpr int64_t MANY_CODE_ROWS = 13;  // from so many on, the GEMM is faster than the tiles
+
+// Quantised weights: the GEMM adds in the order of the tiles.
 template <int32_t FORMAT>
 inline void over_code_rows(const Matrix& m, const Prepared& x, int64_t rows, float* y, int64_t ldy, int64_t first, int64_t last,
                            char* scratch, WeightPrefetch prefetch) {
-  constexpr int64_t MANY = FORMAT == INT8 ? FEW + 1 : FEW - 2;
-  if (rows < MANY) return over_tiles<CodeTile<FORMAT>>(m, x, int(rows), y, ldy, first, last);
+  if (rows < MANY_CODE_ROWS) return over_tiles<CodeTile<FORMAT>>(m, x, int(rows), y, ldy, first, last);
   const PackedPanel panel(scratch, m);
   for (; first < last; first += PANEL) int8_panel(m, panel, first, x, rows, y, F32, ldy, prefetch);
 }
