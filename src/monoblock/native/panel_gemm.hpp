@@ -275,8 +275,8 @@ inline void multiply_group(const uint32_t* weights, const float* scales, const f
     UNROLL for (int t = 0; t < T; ++t) {
       float* at = sums + t * PANEL_OUTPUTS + i * LANES;
       Floats sum = first ? Floats{} : load<Floats>(at);
-      sum += __builtin_convertvector(own[t][i], Floats) * (scale * x_scale[t * blocks]);
-      store(at, sum + low * x_sum[t * blocks]);
+      sum = fused(__builtin_convertvector(own[t][i], Floats), scale * x_scale[t * blocks], sum);
+      store(at, fused(low, all(x_sum[t * blocks]), sum));
     }
   }
 }
