@@ -141,7 +141,7 @@ class PackedRun {
       if (m.pre_norm)
         in = norm_rows(layer.norm1, h, &layer.qkv, count, mine);
       else if (!i)
-        in = prepare_rows(layer.qkv, x, m.width, count, mine, matrices::NORMED_OUTLIER);
+        in = prepare_rows(layer.qkv, x, m.width, count, mine);
       const bool unfinished = m.rotary_dim || m.clip != 0 || layer.q_norm.kind || layer.k_norm.kind;
       if (unfinished || !by_pairs())
         product(layer.qkv, in, mine, qkv, layout.size, copy);
@@ -171,10 +171,8 @@ class PackedRun {
   }
 
   // Rows of inputs of a product with w, in the form that it reads.
-  PanelInputs prepare_rows(const Matrix& w, const float* from, int64_t ldx, int64_t count, Own& mine,
-                           float outlier = matrices::OUTLIER) {
+  PanelInputs prepare_rows(const Matrix& w, const float* from, int64_t ldx, int64_t count, Own& mine) {
     PanelInputs rows = {from, ldx, count};
-    rows.outlier = outlier;
     rows.place(inputs, w);
     if (PanelInputs::needed(w)) each_token(mine, count, [&](int64_t t) { rows.prepare_row(w, t); });
     return rows;
@@ -183,7 +181,6 @@ class PackedRun {
   // The same of normalised rows of x, which are written to `to`; `next`: null if no product reads them.
   PanelInputs norm_rows(const NormWeights& norm, float* to, const Matrix* next, int64_t count, Own& mine) {
     PanelInputs rows = {to, m.width, count};
-    rows.outlier = matrices::NORMED_OUTLIER;
     if (next) rows.place(inputs, *next);
     const bool needed = next && PanelInputs::needed(*next);
     each_token(mine, count, [&](int64_t t) {

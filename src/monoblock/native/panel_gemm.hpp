@@ -15,12 +15,6 @@ constexpr int64_t PANEL_OUTPUTS = 64;
 constexpr int64_t PANEL_DEPTH = 768;  // inputs of a packed block: 192 KB as float32, which stays in L2 beside the sums
 constexpr int64_t PANEL_ROWS = 384;   // rows whose sums a thread holds: 96 KB
 
-}  // namespace matrices
-
-#include "outliers.hpp"
-
-namespace matrices {
-
 constexpr int TILE_ROWS = 6, TILE_VECTORS = REGISTERS == 32 ? 4 : 2;  // a register tile
 constexpr int TILE_OUTPUTS = TILE_VECTORS * LANES;
 
@@ -54,15 +48,13 @@ struct PanelInputs {
   const float* x;
   int64_t ldx, rows;
   Prepared codes = {};       // for reads_int8; for reads_int16 only its scales and sums
-  Outliers outliers = {};    // for reads_int8: what is not in `codes`
-  float outlier = OUTLIER;   // or NORMED_OUTLIER
   int16_t* words = nullptr;  // (rows, padded), for reads_int16
   uint16_t* bf16 = nullptr;  // (rows, inputs), for reads_bf16
 
   // Bytes of scratch for `rows` rows of up to `inputs` inputs.
   static int64_t bytes(int64_t inputs, int64_t rows) {
     const int64_t padded = round_up(inputs, RUN), blocks = round_up(padded / LEAST_GROUP, 16);
-    return rows * (padded * 2 + blocks * 12) + Outliers::bytes(inputs, rows) + 256;
+    return rows * (padded * 2 + blocks * 12) + 256;
   }
 
   // Divides the scratch; integers and bf16 values are never needed together.
@@ -75,7 +67,6 @@ struct PanelInputs {
     codes.q_sum = (float*)at, at += rows * codes.blocks * 4;
     codes.q_total = (int32_t*)at, at += rows * codes.blocks * 4;
     codes.q = (int8_t*)at, words = (int16_t*)at;
-    if (reads_int8(m)) outliers.place(at + round_up(rows * codes.padded, 64), m.inputs, rows);
   }
 
   // Whether `prepare_row` must be called for each row.
@@ -83,34 +74,12 @@ struct PanelInputs {
 
   // Converts one row to the form that the product reads.
   void prepare_row(const Matrix& m, int64_t row) {
-    if (reads_int8(m)) quantise_rest(m, row);
+    if (reads_int8(m)) quantise_row(x + row * ldx, row, m, codes);
     if (reads_int16(m)) round_row(m, row);
     if (reads_bf16(m)) round_to_bf16(x + row * ldx, m.inputs, bf16 + row * m.inputs, m.inputs);
   }
 
  private:
-  // 8-bit integers for each group, without the row's outliers.
-  void quantise_rest(const Matrix& m, int64_t row) {
-    float run[RUN], *scale = codes.q_scale + row * codes.blocks, *total = codes.q_sum + row * codes.blocks;
-    memset(scale, 0, codes.blocks * 4);
-    memset(total, 0, codes.blocks * 4);
-    int32_t* integers = codes.q_total + row * codes.blocks;
-    memset(integers, 0, codes.blocks * 4);
-    float* tops = outliers.tops + row * (codes.padded / RUN);
-    const float limit = Outliers::limit(x + row * ldx, m.inputs, outlier, tops);
-    outliers.count[row] = 0;
-    for (int64_t k = 0; k < codes.padded; k += RUN) {
-      const float *from = x + row * ldx + k, highest = tops[k / RUN];
-      if (highest > limit || k + RUN > m.inputs) {
-        pad(from, k + RUN > m.inputs ? m.inputs - k : RUN, run, RUN);
-        outliers.take(row, k, limit, highest, run);
-        from = run;
-      }
-      for (int i = 0; i < RUN; i += m.group)
-        quantise(from + i, m.group, codes.q + row * codes.padded + k + i, scale++, total++, integers++);
-    }
-  }
-
   // 16-bit integers for each group: round(x * 32767 / max|x|), a relative error of 2^-16 of the group's largest.
   void round_row(const Matrix& m, int64_t row) {
     float group[RUN];
@@ -128,7 +97,6 @@ struct PanelInputs {
 struct PanelScratch {
   float *weights, *scales, *lows, *rows, *sums;
   char* other;  // of the kernels for int8 and bf16
-  OutlierColumns outliers;
   const Matrix* packed = nullptr;
   int64_t packed_first = -1, packed_k = -1;  // what `weights` holds
 
@@ -145,7 +113,7 @@ struct PanelScratch {
 
   // Takes the scratch for matrices of up to `inputs` inputs from an arena.
   template <class Arena>
-  PanelScratch(Arena& arena, int64_t inputs) : outliers(arena, round_up(inputs, RUN)) {
+  PanelScratch(Arena& arena, int64_t inputs) {
     weights = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH);
     scales = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH / LEAST_GROUP);
     lows = arena.template take<float>(PANEL_OUTPUTS * PANEL_DEPTH / LEAST_GROUP);
@@ -316,8 +284,7 @@ inline void panel_sums(const Matrix& m, const PanelInputs& in, int64_t first, in
     Prepared own = in.codes;
     own.q += row * own.padded, own.q_scale += row * own.blocks, own.q_sum += row * own.blocks;
     own.q_total += row * own.blocks;
-    int8_panel(m, PackedPanel(scratch.other, m), first, own, count, scratch.sums - first, F32, PANEL_OUTPUTS);
-    return scratch.outliers.add(m, in.outliers, first, row, count, scratch.sums);
+    return int8_panel(m, PackedPanel(scratch.other, m), first, own, count, scratch.sums - first, F32, PANEL_OUTPUTS);
   }
 #endif
 #if defined(MB_BF16_DOT)
