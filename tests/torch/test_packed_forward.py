@@ -205,6 +205,18 @@ def test_quantized_weights(kernels: str, name: str, bits: int) -> None:
         assert relative(found, wanted) < bound, (kernels, bits)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_rows_at_every_place_of_a_register_tile(kernels: str, bits: int) -> None:
+    """A tile has up to six rows: each number of rows is a function of its own, and all of them must fuse the same sums."""
+    sizes = {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 512, "num_hidden_layers": 1}
+    module = quantized(monoblock_model("MPNetModel", **{**fields("mpnet"), **sizes}), bits)
+    for length in (1, 5, 7, 17):
+        (ids,) = sequences([length])
+        alone, twice = packed_states(module, [ids]), packed_states(module, [ids, ids])
+        assert alone is not None and twice is not None, obstacle(module)
+        assert np.array_equal(np.concatenate([alone, alone]), twice.numpy()), (kernels, length)
+
+
 @pytest.mark.parametrize("name", ["MPNetModel", "MptModel"])
 def test_bfloat16_weights(kernels: str, name: str) -> None:
     """The same as the rounded weights in float32, where inputs are not rounded to bfloat16 too (2^-9 each)."""
