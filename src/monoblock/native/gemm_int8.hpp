@@ -179,8 +179,8 @@ INLINE void multiply_codes(const uint8_t* codes, const int8_t* q, int64_t padded
   prefetch = own;
 }
 
-// sums (T, SETS, PANEL) += T rows of inputs times the codes of one group.
-template <int T, int GROUP, bool LOW>
+// sums (T, SETS, PANEL) += T rows of inputs times the codes of one group; BEGIN: the group is the first of its set of sums.
+template <int T, int GROUP, bool LOW, bool BEGIN>
 INLINE void multiply_int8_group(const PanelProduct& of, const uint8_t* codes, int64_t g, int64_t row, float* sums) {
   // Copies: the compiler must assume that stores of sums change what is behind `of`.
   const int64_t blocks = of.p.blocks, padded = of.p.padded, own = row * blocks + g;
@@ -197,18 +197,23 @@ INLINE void multiply_int8_group(const PanelProduct& of, const uint8_t* codes, in
     const Floats scale = load<Floats>(scales + i * SIDE);
     UNROLL for (int t = 0; t < T; ++t) {
       float* to = sums + t * SETS * PANEL + i * SIDE;
-      Floats sum = fused(__builtin_convertvector((Ints)dot[t][i], Floats), scale * x_scale[t * blocks], load<Floats>(to));
+      const Floats before = BEGIN ? Floats{} : load<Floats>(to);
+      Floats sum = fused(__builtin_convertvector((Ints)dot[t][i], Floats), scale * x_scale[t * blocks], before);
       if (LOW) sum = fused(load<Floats>(lows + i * SIDE), all(x_sum[t * blocks]), sum);
       store(to, sum);
     }
   }
 }
 
-// The same for the packed groups [begin, end).
+// The same for the packed groups [begin, end). The sums must be 0 before the first, but with TOKENS rows only those of sets without
+// a group.
 template <int T, int GROUP, bool LOW>
 __attribute__((noinline)) void multiply_int8_groups(const PanelProduct& of, int64_t begin, int64_t end, int64_t row, float* sums) {
   const uint8_t* codes = of.w.codes;
-  for (int64_t g = begin; g < end; ++g, codes += GROUP * PANEL) multiply_int8_group<T, GROUP, LOW>(of, codes, g, row, sums);
+  if (T == TOKENS)  // the usual number of rows
+    for (; begin < end && begin < SETS; ++begin, codes += GROUP * PANEL)
+      multiply_int8_group<T, GROUP, LOW, T == TOKENS>(of, codes, begin, row, sums);
+  for (; begin < end; ++begin, codes += GROUP * PANEL) multiply_int8_group<T, GROUP, LOW, false>(of, codes, begin, row, sums);
 }
 
 template <int T, bool LOW>
@@ -283,7 +288,8 @@ inline void int8_panel(const Matrix& m, const PackedPanel& w, int64_t first, con
   }
   for (int64_t k = 0; k < p.padded; k += RUN) pack_run(m, own, k, w.codes + k * PANEL);
   over_row_tiles(rows, [&](int64_t row, auto count) {
-    alignas(64) float sums[count() * SETS * PANEL] = {};
+    alignas(64) float sums[count() * SETS * PANEL];
+    if (count() != TOKENS || groups < SETS) memset(sums, 0, sizeof sums);
     multiply_int8_rows<count()>(product, 0, groups, row, sums);
     store_sums(m, w, sums, first, row, count(), (char*)y, y_format, ldy);
   });
