@@ -230,7 +230,8 @@ def tables() -> None:
     shares = [0.15, 0.25, 0.35, 0.45, 0.55, 0.65]
     curves = {
         routing: [
-            (4 * capacity * s, studied(4 * capacity * s, routing, 500, replicas=4).first[90] * 1e3) for s in shares
+            (4 * capacity * s, studied(4 * capacity * s, routing, 500, replicas=4).first[90] * 1e3)
+            for s in shares
         ]
         for routing in ("two-choices", "round-robin", "least-load", "prefix")
     }

@@ -207,7 +207,7 @@ def test_quantized_weights(kernels: str, name: str, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_rows_at_every_place_of_a_register_tile(kernels: str, bits: int) -> None:
-    """A tile has up to six rows: each number of rows is a function of its own, and all of them must fuse the same sums."""
+    """A tile has up to six rows. Each number of rows is a function of its own; all of them must fuse the same sums."""
     sizes = {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 512, "num_hidden_layers": 1}
     module = quantized(monoblock_model("MPNetModel", **{**fields("mpnet"), **sizes}), bits)
     for length in (1, 5, 7, 17):

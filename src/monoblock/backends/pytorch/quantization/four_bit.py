@@ -7,7 +7,7 @@ the backward pass does so again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ class FourBitLinear(nn.Linear):
     def __init__(self, matrix: FourBitMatrix, bias: Any, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)  # without nn.Linear's initialisation
         for name, tensor in zip(_BUFFERS, matrix, strict=False):
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, cast(Tensor | None, tensor))
         self._form, self.dtype = matrix[len(_BUFFERS) :], dtype
         self.register_parameter("bias", bias)
 
