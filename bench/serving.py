@@ -1,14 +1,15 @@
 """Tokens per second and time to the first token of servers, with many clients at once.
 
     python bench/serving.py --model FOLDER [--form bf16|int8|int4] [--clients 8,16,32] [--peer NAME=COMMAND ...]
-        [--genai PYTHON=FOLDER] [--runs 3] [--prompt 128] [--new 32] [--threads 2]
+        [--texts NAME,...] [--genai PYTHON=FOLDER] [--runs 3] [--prompt 128] [--new 32] [--threads 2]
 
-FOLDER is a model with random weights (bench/shapes.py), whose tokenizer both sides use. COMMAND starts a peer's server
-with OpenAI's /v1/completions; `{port}` in it is replaced; NAME may be followed by the model's name there
-(NAME:MODEL=COMMAND). `--genai`: the Python of an environment with openvino-genai, and the model converted for it; its
-continuous batching pipeline runs in a process. Servers run one at a time and alternate. Every client sends two requests
-in turn; all prompts differ. The engine alone (no HTTP) and a batch of 8 with `generate` are measured too, and the
-first token of a second turn after a chat of 2,000 tokens.
+FOLDER is a model with random weights (bench/shapes.py), whose tokenizer both sides use. COMMAND starts a peer's
+server with OpenAI's /v1/completions; `{port}` in it is replaced; NAME may be followed by the model's name there
+(NAME:MODEL=COMMAND). `--texts`: peers that take no token ids, which get the prompts as texts and whose second turn is
+not measured. `--genai`: the Python of an environment with openvino-genai, and the model converted for it; its
+continuous batching pipeline runs in a process. Servers run one at a time and alternate. Every client sends two
+requests in turn; all prompts differ. The engine alone (no HTTP) and a batch of 8 with `generate` are measured too,
+and the first token of a second turn after a chat of 2,000 tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +57,12 @@ def prompt_of(tokens: int, seed: int) -> list[int]:
     return [rng.randrange(100, WORDS) for _ in range(tokens)]
 
 
-def stream(port: int, model: str, prompt: list[int], new: int) -> tuple[int, float, float]:
+def text_of(ids: list[int]) -> str:
+    """A text of as many tokens: letters, each a token of the tokenizers that bench/shapes.py writes."""
+    return "".join(chr(ord("a") + number % 26) for number in ids)
+
+
+def stream(port: int, model: str, prompt: list[int] | str, new: int) -> tuple[int, float, float]:
     """One request: tokens, seconds to the first, seconds in all."""
     body = {
         "model": model,
@@ -81,13 +87,23 @@ def stream(port: int, model: str, prompt: list[int], new: int) -> tuple[int, flo
     return count, first, time.perf_counter() - start
 
 
-def load(port: int, model: str, clients: int, prompt: int, new: int, seed: int) -> tuple[float, float]:
-    """Clients that send two requests each: tokens per second of all, and the median time to the first token."""
+def load(
+    port: int,
+    model: str,
+    clients: int,
+    prompt: int,
+    new: int,
+    seed: int,
+    form: Callable[[list[int]], list[int] | str],
+) -> tuple[float, float]:
+    """Clients that send two requests each: tokens per second of all, and the median time to the first token. `form`
+    makes of token ids what the server takes."""
     firsts: list[float] = []
 
     def client(number: int) -> None:
         for turn in range(2):
-            _, first, _ = stream(port, model, prompt_of(prompt, seed * 10**6 + number * 10 + turn), new)
+            ids = prompt_of(prompt, seed * 10**6 + number * 10 + turn)
+            _, first, _ = stream(port, model, form(ids), new)
             firsts.append(first)
 
     start = time.perf_counter()
@@ -227,6 +243,7 @@ def main() -> None:
     parser.add_argument("--form", default="bf16", choices=list(FORMS))
     parser.add_argument("--clients", default="8,16,32")
     parser.add_argument("--peer", action="append", default=[])
+    parser.add_argument("--texts", default="")
     parser.add_argument("--genai")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=128)
@@ -245,18 +262,25 @@ def main() -> None:
         name, _, command = peer.partition("=")
         name, _, model = name.partition(":")
         commands[name] = (model or "m", command)
+    texts = [name for name in given.texts.split(",") if name]
+    if unknown := set(texts) - set(commands):
+        parser.error(f"--texts: no such peer: {', '.join(sorted(unknown))}")
+    forms: dict[str, Callable[[list[int]], list[int] | str]] = dict.fromkeys(commands, list)
+    forms.update(dict.fromkeys(texts, text_of))
     found: dict[tuple[str, int], Measured] = {}
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for run in range(given.runs):
         for name, (model, command) in commands.items():
             with server(command, given.threads) as port:
-                stream(port, model, prompt_of(16, 5), 4)  # warm
+                stream(port, model, forms[name](prompt_of(16, 5)), 4)  # warm
                 for count in clients:
-                    rate, first = load(port, model, count, given.prompt, given.new, run + 1)
+                    rate, first = load(port, model, count, given.prompt, given.new, run + 1, forms[name])
                     own = found.setdefault((name, count), Measured())
                     own.rates.append(rate)
                     own.firsts.append(first)
                     print(f"{name}, {count} clients: {rate:.1f} tokens/s, first {first:.2f} s", flush=True)
+                if name in texts:
+                    continue
                 turns[name].append(second_turn(port, model))
                 print(f"{name}, second turn: {turns[name][-1]}", flush=True)
         worker = [sys.executable, __file__, "--worker", "--model", given.model, "--form", given.form]
@@ -286,6 +310,8 @@ def main() -> None:
             cells.append(cell + (f", {statistics.median(own.firsts):.2f} s" if own.firsts else ""))
         print(_row(name, cells))
     for name, values in turns.items():
+        if not values:
+            continue
         cold, warm = (statistics.median(times) for times in zip(*values, strict=True))
         print(f"{name}: first token after 2,000 tokens {cold:.2f} s, of the second turn {warm:.3f} s")
 
