@@ -82,6 +82,21 @@ def test_quantised_weights(level: str, bits: int, group: int) -> None:
             assert ((y - expected).abs() <= allowed).all(), (outputs, inputs, rows, dtype)
 
 
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.no_grad()
+def test_quantised_rows_have_the_same_bits_alone(level: str, bits: int, group: int) -> None:
+    """With VNNI tiles, panels of 128 inputs (up to 24 rows) and panels of all inputs add in one order."""
+    if level != "avx512_vnni_bf16":
+        pytest.skip("other levels have another order of sums for many rows")
+    for outputs, inputs in [(67, 515), (9, 130), (130, 64)]:
+        packed = formats.pack(made(outputs, inputs), bits, group)
+        x = made(47, inputs, seed=2)
+        alone = torch.cat([quantized_dense(row, packed, None) for row in x.split(1)])
+        for rows in (2, 3, 4, 8, 11, 17, 20, 47):
+            assert torch.equal(quantized_dense(x[:rows], packed, None), alone[:rows]), (outputs, inputs, rows)
+
+
 def rounding_of_inputs(x: Tensor, weight: Tensor, group: int) -> Tensor:
     """Error bound of inputs rounded to integers: half a step each, 1/127 of the largest in the group."""
     pad = -x.shape[1] % group
