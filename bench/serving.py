@@ -64,14 +64,15 @@ def text_of(ids: list[int]) -> str:
 
 def stream(port: int, model: str, prompt: list[int] | str, new: int) -> tuple[int, float, float]:
     """One request: tokens, seconds to the first, seconds in all."""
-    body = {
+    body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
         "max_tokens": new,
         "temperature": 0,
         "stream": True,
-        "ignore_eos": True,
     }
+    if not isinstance(prompt, str):  # an option of servers of token ids
+        body["ignore_eos"] = True
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START)
     start = time.perf_counter()
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
