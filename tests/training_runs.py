@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_pipelines
 import torch
 import transformers
@@ -74,3 +77,30 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 def losses(output: Path) -> list[float]:
     return [line["loss"] for line in metrics(output) if "loss" in line]
+
+
+def same_metrics(one: Path, other: Path, tolerance: float) -> None:
+    """The metrics of two runs are the same."""
+    first, second = metrics(one), metrics(other)
+    assert len(first) == len(second) > 0
+    for line, expected in zip(second, first, strict=True):
+        assert line.keys() == expected.keys()
+        for name in line.keys() - {"seconds"}:
+            # Similarities are scaled, and their gradients' norm is about 10.
+            assert line[name] == pytest.approx(expected[name], abs=tolerance, rel=2 * tolerance), name
+
+
+def run_killed(options: TrainingOptions, at: Path, kills: int) -> int:
+    """Runs the options in processes that are killed at random times, `kills` at most, until one ends the run; returns
+    how many were killed. `at`: a folder for the options."""
+    (at / "options.json").write_text(json.dumps(options.to_dict()))
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "training_kills.py"),
+        str(at / "options.json"),
+        str(kills),
+        "3",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)

@@ -17,7 +17,7 @@ import training_runs
 import xla_processes
 from contract.training import assert_same_weights, losses, made, with_dropout
 from safetensors.numpy import load_file
-from training_runs import metrics
+from training_runs import metrics, same_metrics
 
 from monoblock.training import Trainer
 from monoblock.training.checkpoints import SHARED, Checkpoints
@@ -61,15 +61,6 @@ def options(models: Any, task: str, output: str, **more: Any) -> Any:
     return training_runs.options(model, data, at / output, **{"task": task, **BASE, **more})
 
 
-def same(one: Path, other: Path) -> None:
-    first, second = metrics(one), metrics(other)
-    assert len(first) == len(second) > 0
-    for line, expected in zip(second, first, strict=True):
-        assert line.keys() == expected.keys()
-        for name in line.keys() - {"seconds"}:
-            assert line[name] == pytest.approx(expected[name], abs=TOLERANCE, rel=2 * TOLERANCE), name
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("task", ["lm", "classification"])
 def test_a_layout_on_jax_has_the_metrics_of_one_device(models: Any, task: str, layout: str) -> None:
@@ -80,7 +71,7 @@ def test_a_layout_on_jax_has_the_metrics_of_one_device(models: Any, task: str, l
     job = {"options": options(models, task, layout, framework="flax", **more)}
     results = xla_processes.train(at / f"{layout} jobs", "flax", world, [job], devices=devices)
     assert all(one == results[0] for one in results)
-    same(at / f"{layout} one", at / layout)
+    same_metrics(at / f"{layout} one", at / layout, TOLERANCE)
     names = {path.name for path in (at / layout).iterdir()}
     assert names == {path.name for path in (at / f"{layout} one").iterdir()}
     found, expected = (load_file(at / name / "model.safetensors") for name in (layout, f"{layout} one"))
@@ -120,7 +111,7 @@ def test_workers_of_tensorflow_classify_as_one(models: Any) -> None:
     Trainer(options(models, "classification", "tf one", **given)).train()
     jobs = [{"options": options(models, "classification", "tf", **given)}]
     xla_processes.train(at / "tf jobs", "tf", 3, jobs)
-    same(at / "tf one", at / "tf")
+    same_metrics(at / "tf one", at / "tf", TOLERANCE)
 
 
 def test_workers_of_tensorflow_continue_one_and_one_continues_them(models: Any) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import bitsandbytes
@@ -13,7 +10,6 @@ import torch
 import training_runs
 from bitsandbytes.functional import create_dynamic_map
 from safetensors.torch import load_file
-from test_finetune_lora import KILLS
 from training_runs import jsonl, losses, sentences
 
 from monoblock.backends.pytorch.training import eight_bit
@@ -67,10 +63,7 @@ def test_a_killed_run_of_an_adapter_resumes(tmp_path: Path) -> None:
     base = {"lora_rank": 128, "quantize": "int4", "optimizer": "adamw_8bit", "save_every": 1, "max_steps": 10}
     Trainer(training_runs.options(model, data, tmp_path / "whole", **base)).train()
     options = training_runs.options(model, data, tmp_path / "broken", **base)
-    (tmp_path / "options.json").write_text(json.dumps(options.to_dict()))
-    command = [sys.executable, KILLS, str(tmp_path / "options.json"), "4", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    training_runs.run_killed(options, tmp_path, 4)
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "broken"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     found = losses(tmp_path / "whole")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from monoblock.training import Trainer
 
 torch.set_num_threads(1)
 
-KILLS = str(Path(training_runs.__file__).parent / "training_kills.py")
 LORA: dict[str, Any] = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 20}
 FAMILIES = {
     "mistral": "MistralForCausalLM",
@@ -89,11 +86,7 @@ def test_a_killed_run_resumes(more: dict[str, Any], data: Path, tmp_path: Path) 
     base = {**LORA, "save_every": 1, "lora_dropout": 0.1, **more}
     Trainer(training_runs.options(model, data, tmp_path / "whole", **base)).train()
     options = training_runs.options(model, data, tmp_path / "broken", **base)
-    (tmp_path / "options.json").write_text(json.dumps(options.to_dict()))
-    command = [sys.executable, KILLS, str(tmp_path / "options.json"), "8", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 2
+    assert training_runs.run_killed(options, tmp_path, 8) >= 2
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "broken"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")

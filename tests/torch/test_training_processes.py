@@ -16,7 +16,7 @@ import training_processes
 import training_runs
 from safetensors.torch import load_file
 from tiny_families import fields
-from training_runs import losses, metrics
+from training_runs import losses, same_metrics
 
 import monoblock
 from monoblock.backends.pytorch.parallel.layout import TensorLayout, layout
@@ -66,20 +66,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return at
 
 
-def same(one: Path, other: Path) -> None:
-    """The metrics of two runs."""
-    first, second = metrics(one), metrics(other)
-    assert len(first) == len(second) > 0
-    for line, expected in zip(second, first, strict=True):
-        assert line.keys() == expected.keys()
-        for name in line.keys() - {"seconds"}:
-            # Similarities are scaled, and their gradients' norm is about 10.
-            assert line[name] == pytest.approx(expected[name], abs=TOLERANCE, rel=2 * TOLERANCE), name
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_losses_gradients_and_metrics_are_those_of_one_process(folder: Path, name: str) -> None:
-    same(folder / f"{name} one", folder / name)
+    same_metrics(folder / f"{name} one", folder / name, TOLERANCE)
     files = sorted(path.name for path in (folder / f"{name} one").iterdir() if path.is_file())
     assert sorted(path.name for path in (folder / name).iterdir() if path.is_file()) == files
     found, expected = (load_file(folder / x / "model.safetensors") for x in (name, f"{name} one"))

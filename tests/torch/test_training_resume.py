@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,6 @@ from monoblock.training.checkpoints import Checkpoints
 from monoblock.training.decay import decays
 
 torch.set_num_threads(1)
-
-KILLS = str(Path(training_runs.__file__).parent / "training_kills.py")
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +92,7 @@ def test_a_run_that_is_killed_resumes(model: Path, data: Path, tmp_path: Path) -
     }
     Trainer(training_runs.options(model, data, tmp_path / "whole", **base)).train()
     options = training_runs.options(model, data, tmp_path / "broken", **base)
-    (tmp_path / "options.json").write_text(json.dumps(options.to_dict()))
-    command = [sys.executable, KILLS, str(tmp_path / "options.json"), "4", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 2
+    assert training_runs.run_killed(options, tmp_path, 4) >= 2
     assert_same(tmp_path / "whole", tmp_path / "broken")
     assert Checkpoints(tmp_path / "broken", 2).steps() == [15, 16]
     assert not [path for path in tmp_path.rglob(".monoblock*") if path.is_dir()]
