@@ -167,6 +167,19 @@ def test_scores_do_not_depend_on_what_shares_the_step(kind: str, tmp_path: Path)
         assert torch.equal(divided(steps, ids, sizes, seed), alone), (kind, sizes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("kernels")
+def test_matrices_of_any_size(dtype: torch.dtype) -> None:
+    """Outputs that fill no vector, an odd number of inputs, and more than a packed block has."""
+    own = {**fields("mistral"), "hidden_size": 72, "intermediate_size": 3211, "max_position_embeddings": 300}
+    steps = runner(monoblock_model("MistralForCausalLM", **own).to(dtype), MEMORY)
+    assert isinstance(steps, NativeRunner), steps.why
+    ids = ids_of(93)
+    alone = logits(steps, ids)
+    for seed, sizes in enumerate([[1, 2, 3, 4, 7, 12, 13, 51], [33, 60], [32, 61]]):
+        assert torch.equal(divided(steps, ids, sizes, seed), alone), sizes
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.parametrize("name", CLASSES)

@@ -259,12 +259,11 @@ inline void multiply_k_block(const PackedBlock& w, const uint16_t* x, int64_t ld
   }
 }
 
-// Outputs [first, first + PANEL) of all rows; `next`: the first output of the panel that is prefetched meanwhile.
-inline void bf16_panel(const Matrix& m, const PackedBlock& w, int64_t first, int64_t next, const uint16_t* x, int64_t ldx,
-                       int64_t rows, char* y, int32_t y_format, int64_t ldy) {
+// Outputs [first, first + PANEL) of all rows. The weights of a later panel are prefetched meanwhile.
+inline void bf16_panel(const Matrix& m, const PackedBlock& w, int64_t first, const uint16_t* x, int64_t ldx, int64_t rows, char* y,
+                       int32_t y_format, int64_t ldy, WeightPrefetch prefetch = {}) {
   const int64_t k_blocks = (m.inputs + K_BLOCK - 1) / K_BLOCK;
   const int64_t each = round_up((m.inputs + k_blocks - 1) / k_blocks, RUN);
-  WeightPrefetch prefetch(m, next < m.outputs ? next : m.outputs, next + PANEL < m.outputs ? next + PANEL : m.outputs);
   float bias[PANEL] = {};
   for (int64_t o = 0; o < PANEL && first + o < m.outputs; ++o) bias[o] = bias_of(m, first + o);
   for (int64_t row = 0; row < rows; row += ROW_BLOCK) {

@@ -76,7 +76,7 @@ inline void multiply_k_block(const uint32_t* weights, const uint16_t* x, int64_t
 // All rows of inputs (at most ROW_BLOCK) times the packed K block that begins at input k.
 inline void multiply_rows(const PackedBlock& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t k, int64_t count,
                       WeightPrefetch& prefetch) {
-  const int64_t pairs = count / 2;
+  const int64_t pairs = (count + 1) / 2;
   x += k;
   for (int64_t row = 0; row < rows; row += TOKENS, x += TOKENS * ldx) {
     float* sums = w.sums + row * PANEL;
@@ -91,16 +91,24 @@ inline void multiply_rows(const PackedBlock& w, const uint16_t* x, int64_t ldx, 
   }
 }
 
+// The bias of SIDE outputs; 0 for those beyond the end.
+inline Floats biases_of(const Matrix& m, int64_t first) {
+  Floats bias = {};
+  if (m.bias)
+    for (int o = 0; o < SIDE && first + o < m.outputs; ++o) bias[o] = bias_of(m, first + o);
+  return bias;
+}
+
 // y[row, first ...) = sums + bias
 inline void store_panel(const Matrix& m, const float* sums, int64_t first, int64_t rows, char* y, int32_t y_format,
                       int64_t ldy) {
   const int64_t count = first + PANEL < m.outputs ? PANEL : m.outputs - first;
-  float bias[PANEL] = {};
-  for (int64_t o = 0; o < count; ++o) bias[o] = bias_of(m, first + o);
+  Floats bias[ACROSS];
+  for (int side = 0; side < ACROSS; ++side) bias[side] = biases_of(m, first + side * SIDE);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t o = 0; o < count; o += SIDE) {
       const int64_t left = count - o, at = row * ldy + first + o;
-      const Floats sum = load<Floats>(sums + row * PANEL + o) + load<Floats>(bias + o);
+      const Floats sum = load<Floats>(sums + row * PANEL + o) + bias[o / SIDE];
       const __mmask16 mask = left < SIDE ? (1u << left) - 1 : 0xffffu;
       if (y_format == F32)
         _mm512_mask_storeu_ps(y + at * 4, mask, (__m512)sum);
@@ -109,12 +117,11 @@ inline void store_panel(const Matrix& m, const float* sums, int64_t first, int64
     }
 }
 
-// Outputs [first, first + PANEL) of all rows; `next`: the first output of the panel that is prefetched meanwhile.
-inline void bf16_panel(const Matrix& m, const PackedBlock& w, int64_t first, int64_t next, const uint16_t* x,
-                         int64_t ldx, int64_t rows, char* y, int32_t y_format, int64_t ldy) {
+// Outputs [first, first + PANEL) of all rows. The weights of a later panel are prefetched meanwhile.
+inline void bf16_panel(const Matrix& m, const PackedBlock& w, int64_t first, const uint16_t* x, int64_t ldx, int64_t rows, char* y,
+                       int32_t y_format, int64_t ldy, WeightPrefetch prefetch = {}) {
   const int64_t k_blocks = (m.inputs + K_BLOCK - 1) / K_BLOCK;
   const int64_t each = round_up((m.inputs + k_blocks - 1) / k_blocks, RUN);
-  WeightPrefetch prefetch = row_prefetch(m, next, PANEL);
   for (int64_t row = 0; row < rows; row += ROW_BLOCK) {
     const int64_t count = rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK;
     for (int64_t k = 0; k < m.inputs; k += each) {

@@ -251,19 +251,19 @@ inline void store_sums(const Matrix& m, const PackedPanel& w, const float* sums,
   }
 }
 
-// Calls tile(row, T) for all rows, up to TOKENS at a time, in tiles of about the same size.
-template <class F>
+// Calls tile(row, T) where T, up to MOST, is `count`.
+template <int MOST, class F>
+INLINE void one_row_tile(int64_t row, int count, F tile) {
+  if (count == MOST) return tile(row, std::integral_constant<int, MOST>());
+  if constexpr (MOST > 1) one_row_tile<MOST - 1>(row, count, tile);
+}
+
+// Calls tile(row, T) for all rows, up to MOST at a time, in tiles of about the same size.
+template <int MOST = TOKENS, class F>
 inline void over_row_tiles(int64_t rows, F tile) {
   for (int64_t row = 0; row < rows;) {
-    const int64_t left = rows - row, tiles = (left + TOKENS - 1) / TOKENS, count = (left + tiles - 1) / tiles;
-    switch (count) {
-      case 1: tile(row, std::integral_constant<int, 1>()); break;
-      case 2: tile(row, std::integral_constant<int, 2>()); break;
-      case 3: tile(row, std::integral_constant<int, 3>()); break;
-      case 4: tile(row, std::integral_constant<int, 4>()); break;
-      case 5: tile(row, std::integral_constant<int, 5>()); break;
-      default: tile(row, std::integral_constant<int, TOKENS>());
-    }
+    const int64_t left = rows - row, tiles = (left + MOST - 1) / MOST, count = (left + tiles - 1) / tiles;
+    one_row_tile<MOST>(row, int(count), tile);
     row += count;
   }
 }

@@ -80,7 +80,8 @@ inline int gemm_bf16(const Matrix& m, const uint16_t* x, int64_t ldx, int64_t ro
   parallel::region(threads, [&](parallel::Region& region) {
     const PackedBlock packed(scratch + region.thread() * PackedBlock::BYTES);
     region.loop((m.outputs + PANEL - 1) / PANEL, 1, [&](int64_t panel) {
-      bf16_panel(m, packed, panel * PANEL, (panel + threads) * PANEL, x, ldx, rows, (char*)y, y_format, ldy);
+      bf16_panel(m, packed, panel * PANEL, x, ldx, rows, (char*)y, y_format, ldy,
+                 row_prefetch(m, (panel + threads) * PANEL, PANEL));
     });
   });
   return 0;

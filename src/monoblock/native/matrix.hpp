@@ -132,8 +132,9 @@ inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int
 }  // namespace matrices
 
 #include "gemm_int8.hpp"
-#include "row_products.hpp"
 #include "gemm_bf16.hpp"
+#include "bf16_rows.hpp"
+#include "row_products.hpp"
 #include "arm_gemm.hpp"
 #include "amx.hpp"
 #include "linear.hpp"

@@ -204,7 +204,7 @@ class PagedRun {
     }
 #endif
     // Long parts of the outputs for few rows, for the hardware prefetcher.
-    const int64_t chunk = rows > FEW ? matrices::row_chunk(w) : chunk_of(w, w.outputs, rows, s.threads);
+    const int64_t chunk = rows > FEW ? matrices::ROW_CHUNK : chunk_of(w, w.outputs, rows, s.threads);
     phase(mine, (w.outputs + chunk - 1) / chunk, [&](int64_t i) {
       const int64_t first = i * chunk, last = std::min(first + chunk, w.outputs);
       multiply_rows(w, mine.prepared, rows, to, to_stride, first, last, mine.panel,

@@ -291,8 +291,8 @@ inline void panel_sums(const Matrix& m, const PanelInputs& in, int64_t first, in
   if (reads_bf16(m)) {
     const PackedBlock packed((char*)round_up((int64_t)scratch.other, 64));
     scratch.packed = nullptr;
-    return bf16_panel(m, packed, first, m.outputs, in.bf16 + row * m.inputs, m.inputs, count,
-                      (char*)(scratch.sums - first), F32, PANEL_OUTPUTS);
+    return bf16_panel(m, packed, first, in.bf16 + row * m.inputs, m.inputs, count, (char*)(scratch.sums - first), F32,
+                      PANEL_OUTPUTS);
   }
 #endif
   const bool words = reads_int16(m);

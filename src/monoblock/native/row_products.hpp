@@ -1,4 +1,4 @@
-// Products of weights in any format with any number of rows of inputs, by the register tiles of gemv_tiles.hpp: a row's
+// Products of weights in any format with any number of rows of inputs, by the register tiles of gemv_tiles.hpp or bf16_rows.hpp: a row's
 // result has the same bits whatever other rows there are. Part of matrix.hpp.
 #pragma once
 
@@ -72,112 +72,19 @@ inline void over_code_rows(const Matrix& m, const Prepared& x, int64_t rows, flo
 }
 #endif
 
-#if defined(__AVX512BF16__)
-constexpr int64_t PAIR_DEPTH = 2048;  // inputs of six rows that stay in L1: 24 KB
-constexpr int PAIR_ROWS = 6, PAIR_OUTPUTS = 4, PAIR_STRIPS = 8;  // a register tile; strips whose sums stay in L1: 12 KB
-
-// sums (PAIR_OUTPUTS, T) of vectors += `count` inputs of T rows times as many weights of PAIR_OUTPUTS rows; `begin`: from 0 on.
-// `lines`: cache lines that are prefetched for 32 inputs.
-template <int T>
-inline void pair_tile(const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx, int64_t count, bool begin, Floats* sums,
-                      int lines, WeightPrefetch& prefetch) {
-  Floats own[PAIR_OUTPUTS][T] = {};
-  if (!begin)
-    UNROLL for (int r = 0; r < PAIR_OUTPUTS; ++r) UNROLL for (int t = 0; t < T; ++t) own[r][t] = sums[r * T + t];
-  WeightPrefetch next = prefetch;  // in registers
-  int64_t k = 0;
-  for (; k + 2 * LANES <= count; k += 2 * LANES) {
-    next.step();
-    for (int line = 1; line < lines; ++line) next.step();
-    Shorts weights[PAIR_OUTPUTS];
-    UNROLL for (int r = 0; r < PAIR_OUTPUTS; ++r) weights[r] = in_register(load<Shorts>(w + r * ldw + k));
-    PairTile::multiply<PAIR_OUTPUTS, T>(weights, x + k, ldx, own);
-  }
-  prefetch = next;
-  if (k < count) {
-    const __mmask32 mask = (1u << (count - k)) - 1;
-    Shorts weights[PAIR_OUTPUTS];
-    UNROLL for (int r = 0; r < PAIR_OUTPUTS; ++r) weights[r] = (Shorts)_mm512_maskz_loadu_epi16(mask, w + r * ldw + k);
-    PairTile::multiply<PAIR_OUTPUTS, T>(weights, x + k, ldx, own);
-  }
-  UNROLL for (int r = 0; r < PAIR_OUTPUTS; ++r) UNROLL for (int t = 0; t < T; ++t) sums[r * T + t] = own[r][t];
-}
-
-// In 128 bits each: the sums of four vectors, added as by `sum`.
-INLINE Floats four_sums(Floats a, Floats b, Floats c, Floats d) {
-  const auto parts = [](Floats v, Floats w) {
-    return (Floats)_mm512_shuffle_f32x4((__m512)v, (__m512)w, 0x44) + (Floats)_mm512_shuffle_f32x4((__m512)v, (__m512)w, 0xee);
-  };
-  const __m512 ab = (__m512)parts(a, b), cd = (__m512)parts(c, d);
-  return (Floats)_mm512_shuffle_f32x4(ab, cd, 0x88) + (Floats)_mm512_shuffle_f32x4(ab, cd, 0xdd);
-}
-
-// y[t * ldy + r] = sum(sums[r][t]) + bias[r]
-template <int T>
-inline void store_pairs(const Floats* sums, __m128 bias, float* y, int64_t ldy) {
-  UNROLL for (int t = 0; t < T; t += 4) {
-    __m512 outputs[PAIR_OUTPUTS];  // row t + i in the 128 bits i
-    UNROLL for (int r = 0; r < PAIR_OUTPUTS; ++r) {
-      const Floats* own = sums + r * T + t;
-      outputs[r] = (__m512)four_sums(own[0], own[t + 1 < T ? 1 : 0], own[t + 2 < T ? 2 : 0], own[t + 3 < T ? 3 : 0]);
-    }
-    const Floats first = (Floats)_mm512_unpacklo_ps(outputs[0], outputs[1]) + (Floats)_mm512_unpackhi_ps(outputs[0], outputs[1]);
-    const Floats second = (Floats)_mm512_unpacklo_ps(outputs[2], outputs[3]) + (Floats)_mm512_unpackhi_ps(outputs[2], outputs[3]);
-    const Floats all = (Floats)_mm512_unpacklo_pd((__m512d)first, (__m512d)second) +
-                       (Floats)_mm512_unpackhi_pd((__m512d)first, (__m512d)second) + (Floats)_mm512_broadcast_f32x4(bias);
-    _mm_storeu_ps(y + t * ldy, _mm512_castps512_ps128((__m512)all));
-    if (t + 1 < T) _mm_storeu_ps(y + (t + 1) * ldy, _mm512_extractf32x4_ps((__m512)all, 1));
-    if (t + 2 < T) _mm_storeu_ps(y + (t + 2) * ldy, _mm512_extractf32x4_ps((__m512)all, 2));
-    if (t + 3 < T) _mm_storeu_ps(y + (t + 3) * ldy, _mm512_extractf32x4_ps((__m512)all, 3));
-  }
-}
-
-// T rows of inputs times the rows [first, first + strips * PAIR_OUTPUTS) of bf16 weights.
-template <int T>
-inline void pair_rows(const uint16_t* w, int64_t ldw, const Matrix& m, const Prepared& x, int64_t row, int64_t first, int64_t strips,
-                      float* y, int64_t ldy, int lines, WeightPrefetch& prefetch) {
-  Floats sums[PAIR_STRIPS][PAIR_OUTPUTS * T];
-  for (int64_t k = 0; k < m.inputs; k += PAIR_DEPTH) {
-    const int64_t count = m.inputs - k < PAIR_DEPTH ? m.inputs - k : PAIR_DEPTH;
-    for (int64_t strip = 0; strip < strips; ++strip)
-      pair_tile<T>(w + strip * PAIR_OUTPUTS * ldw + k, ldw, x.bf + row * x.bf_stride() + k, x.bf_stride(), count, !k, sums[strip], lines,
-                   prefetch);
-  }
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    float bias[PAIR_OUTPUTS];
-    for (int r = 0; r < PAIR_OUTPUTS; ++r) bias[r] = bias_of(m, first + strip * PAIR_OUTPUTS + r);
-    store_pairs<T>(sums[strip], _mm_loadu_ps(bias), y + row * ldy + first + strip * PAIR_OUTPUTS, ldy);
-  }
-}
-
-// bf16 weights and many rows. The sums are those of PairTile; a few rows of inputs stay in L1, and the weights of the outputs in
-// L2, while those of the next outputs are prefetched.
-inline void over_pair_rows(const Matrix& m, const Prepared& x, int64_t rows, float* y, int64_t ldy, int64_t first, int64_t last,
-                           WeightPrefetch prefetch) {
-  const int64_t tiles = (rows + PAIR_ROWS - 1) / PAIR_ROWS;
-  const int lines = int((PAIR_OUTPUTS + tiles - 1) / tiles);  // as many in all as the weights have
-  while (last - first >= PAIR_OUTPUTS) {
-    const int64_t whole = (last - first) / PAIR_OUTPUTS, strips = whole < PAIR_STRIPS ? whole : PAIR_STRIPS;
-    const uint16_t* w = (const uint16_t*)m.data + first * m.inputs;
-    over_row_tiles(rows, [&](int64_t row, auto count) {
-      pair_rows<count()>(w, m.inputs, m, x, row, first, strips, y, ldy, lines, prefetch);
-    });
-    first += strips * PAIR_OUTPUTS;
-  }
-  for (; first < last; ++first) row_tiles<PairTile, 1, PAIR_ROWS>(m, x, 0, rows, y, ldy, first, 0);
-}
-#endif
-
 // Outputs of one call of `multiply_rows` with many rows: their weights and those that are prefetched stay in L2.
-inline int64_t row_chunk(const Matrix& m) { return m.format == BF16 && m.inputs > 3072 ? 32 : 64; }
+constexpr int64_t ROW_CHUNK = 64;
 
 // Bytes of scratch that `multiply_rows` needs for matrices of up to `inputs` inputs.
 inline int64_t row_scratch_bytes([[maybe_unused]] int64_t inputs) {
+  int64_t bytes = 0;
 #if defined(__AVX512VNNI__)
-  return PackedPanel::bytes(inputs, LEAST_GROUP);
-#else
-  return 0;
+  bytes = PackedPanel::bytes(inputs, LEAST_GROUP);
 #endif
+#if defined(MB_BF16_ROWS)
+  if (bytes < PackedBlock::BYTES + 64) bytes = PackedBlock::BYTES + 64;
+#endif
+  return bytes;
 }
 
 // y[row * ldy + output] for all rows, which `prepare_row` has prepared, and the outputs [first, last), on the calling thread.
@@ -192,12 +99,13 @@ inline void multiply_rows(const Matrix& m, const Prepared& x, int64_t rows, floa
   typedef WideTile Bfloat;
   constexpr int PAIRS = 4;
 #endif
-#if defined(__AVX512BF16__)
-  if (m.format == BF16 && rows > FEW) return over_pair_rows(m, x, rows, y, ldy, first, last, prefetch);
-#endif
   switch (m.format) {
     case F32: return over_rows<FloatTile, R, REGISTERS == 32 ? 6 : 4>(m, x, rows, y, ldy, first, last);
+#if defined(MB_BF16_ROWS)
+    case BF16: return over_bf16_rows(m, x, rows, y, ldy, first, last, scratch, prefetch);
+#else
     case BF16: return over_rows<Bfloat, R, PAIRS>(m, x, rows, y, ldy, first, last);
+#endif
     case LOSSLESS: return over_rows<LosslessTile<Bfloat>, R, 4>(m, x, rows, y, ldy, first, last);
 #if defined(__AVX512VNNI__)
     case INT8: return over_code_rows<INT8>(m, x, rows, y, ldy, first, last, scratch, prefetch);
