@@ -106,7 +106,7 @@ class _Attention(torch.autograd.Function):
         q_bhqd, k_bgkd, v_bgkd, out, sums = ctx.saved_tensors
         h, exact = q_bhqd.shape[1], sums.dtype
         q, k, v, out, gradient = (_wide(x, h, exact) for x in (q_bhqd, k_bgkd, v_bgkd, out, gradients[0]))
-        to_q, to_k, to_v = (_zeros(x) for x in (q, k, v))
+        to_q, to_k, to_v = _like(q), _like(k).zero_(), _like(v).zero_()
         for own in _blocks(ctx.scope, exact):
             parts = _backward(
                 gradient[:, :, own.queries],
@@ -135,10 +135,10 @@ def _wide(x_bgkd: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _zeros(x_bhkd: Tensor) -> Tensor:
-    """(b, h, k, d), whose memory is (b, k, h, d), as that of projections."""
+def _like(x_bhkd: Tensor) -> Tensor:
+    """Uninitialised (b, h, k, d), whose memory is (b, k, h, d), as that of projections."""
     b, h, k, d = x_bhkd.shape
-    return x_bhkd.new_zeros(b, k, h, d).transpose(1, 2)
+    return x_bhkd.new_empty(b, k, h, d).transpose(1, 2)
 
 
 def _summed(x_bhkd: Tensor, groups: int) -> Tensor:

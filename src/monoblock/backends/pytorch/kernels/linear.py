@@ -17,7 +17,8 @@ all that the core can read is 40 GB/s, and two cores together 50 to 80):
     CPU, float32, more; training   oneDNN on the plain matrix: more than twice MKL's rate, which treats other vendors'
                                    processors as old ones; forward and backward alike
     CPU, bfloat16, more rows       with AVX-512 BF16 the native kernels, 1.02 to 1.1 times F.linear (oneDNN), which
-                                   reorders the weights in each product; without it F.linear
+                                   reorders the weights in each product; without it F.linear; in training
+                                   the forward pass alike, F.linear in the backward pass
     CPU, bfloat16, AMX             the native kernels up to 64 rows: at 8 and 32 rows 1.6 and 1.8 times F.linear (one
                                    core of a Xeon, Emerald Rapids), which is 1.25 times as fast at 256
     CPU, quantised, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
