@@ -114,7 +114,7 @@ def measured(name: str) -> None:
     torch.set_num_threads(1)
     cls_name, fields, options = CASES[name]
     cls, make = getattr(monoblock, cls_name), family_of(cls_name).config
-    work = scaling.Workload(**{"dtype": "float32", **options})
+    work = scaling.Workload(**{"dtype": "float32", "recomputed": True, **options})
     config = make(**fields)
     dtype = getattr(torch, work.dtype)
     with tempfile.TemporaryDirectory() as folder:

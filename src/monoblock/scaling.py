@@ -15,7 +15,7 @@ from math import ceil, prod
 
 from monoblock.heads import KINDS, HeadSpec
 from monoblock.partition import check_shards, rules, shard_shapes
-from monoblock.spec import ArchSpec, Buckets, Learned, Rotary
+from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Rotary
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZED = {"int8": 8, "int4": 4}
@@ -75,7 +75,8 @@ class DeviceLayout:
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """What is computed: `batch` sequences at a time on all devices together, of `context` tokens each. `prefill`:
-    tokens of a prompt that are computed at a time; `accumulation`: batches per training step."""
+    tokens of a prompt that are computed at a time; `accumulation`: batches per training step. `recomputed`: the outputs
+    of layer norms and activation functions are computed again in the backward pass, as on CPUs."""
 
     batch: int = 1
     context: int = 2048
@@ -84,6 +85,7 @@ class Workload:
     checkpointing: bool = False
     prefill: int = 1024
     accumulation: int = 1
+    recomputed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +255,7 @@ def _inference(spec: ArchSpec, head: HeadSpec | None, tensor: int, rows: int, wo
 def _training(spec: ArchSpec, tensor: int, rows: int, work: Workload) -> tuple[int, int]:
     """What the forward pass of a batch keeps for the backward pass, and what the backward pass of a layer adds."""
     item, tokens = ITEM[work.dtype], rows * work.context
-    layer = saved_per_token(spec, tensor, work.context, item)
+    layer = saved_per_token(spec, tensor, work.context, item, recomputed=work.recomputed)
     transient = (2 * spec.width + (2 if spec.mlp.gated else 1) * spec.mlp.width // tensor) * item
     final = 2 * spec.width * item
     if work.checkpointing:  # arXiv:1604.06174: the input of each layer, and one layer's activations
@@ -261,20 +263,27 @@ def _training(spec: ArchSpec, tensor: int, rows: int, work: Workload) -> tuple[i
     return tokens * (spec.layers * layer + final), tokens * transient
 
 
-def saved_per_token(spec: ArchSpec, tensor: int, context: int, item: int) -> int:
+def saved_per_token(spec: ArchSpec, tensor: int, context: int, item: int, *, recomputed: bool = False) -> int:
     """Bytes per token that a layer keeps for its backward pass: the inputs of norms and matrix products, of the
-    activation, and of the attention (after arXiv:2205.05198, section 4, for the operators used here)."""
+    activation, and of the attention (after arXiv:2205.05198, section 4, for the operators used here). `recomputed`:
+    see `Workload`."""
     att, mlp, w = spec.attention, spec.mlp, spec.width
     q, kv, m = (n // tensor for n in (att.heads * att.head_dim, att.kv_heads * att.head_dim, mlp.width))
     heads = att.heads // tensor
     values = 4 * w + q + (4 if mlp.gated else 2) * m  # norms' inputs and outputs; attention's output; MLP
     if spec.norm.kind == "rms":
         values += 2 * w
-    grouped, rotary, scores = att.kv_heads < att.heads, spec.position(Rotary) is not None, 0
+    elif recomputed:
+        values -= 2 * w
+    if recomputed and not mlp.gated and mlp.act not in ("relu", "relu2"):
+        values -= m
+    # The kernel of the CPU takes grouped heads, but not ALiBi.
+    repeated = not recomputed or spec.position(Alibi) is not None or bool(spec.dropout.attention)
+    grouped, rotary, scores = att.kv_heads < att.heads and repeated, spec.position(Rotary) is not None, 0
     if spec.position(Buckets) is not None:
         values, scores = values + q + 2 * kv, heads * context  # attention weights
     elif att.qk_norm is not None:
-        values += (q + kv) + (q + kv) + kv + q
+        values += (q + 2 * kv) + q + kv  # projections; normed, perhaps rotated
     elif rotary and grouped:
         values += 3 * q  # rotated queries, repeated keys and values
     elif rotary:
@@ -287,6 +296,8 @@ def saved_per_token(spec: ArchSpec, tensor: int, context: int, item: int) -> int
         scores = 2 * heads * context
     masks = 2 * w if spec.dropout.residual else 0  # a byte each
     statistics = 4 * (heads + (2 if spec.norm.kind == "rms" else 4))  # float32
+    if att.qk_norm is not None:
+        statistics += 8 * (heads + att.kv_heads // tensor if att.qk_norm.span == "head" else 2)
     return (values + scores) * item + masks + statistics
 
 

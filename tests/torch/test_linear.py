@@ -351,3 +351,21 @@ def test_compile_export_vmap_and_autocast() -> None:
         torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_matrices_are_dequantised_by_rows(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of rows at a time, whose float32 values stay in the caches, with the bits of the whole."""
+    packed = formats.pack(made(21, 200), bits, 64)
+    whole = packed.unpack(torch.bfloat16)
+    rows: list[int] = []
+    unpack = formats.QuantizedTensor._unpack
+
+    def counted(self: formats.QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+        rows.append(self.rows)
+        return unpack(self, dtype)
+
+    monkeypatch.setattr(formats.QuantizedTensor, "_unpack", counted)
+    monkeypatch.setattr(formats, "_CHUNK", 5 * 200)
+    assert torch.equal(packed.unpack(torch.bfloat16), whole)
+    assert rows == [5, 5, 5, 5, 1]

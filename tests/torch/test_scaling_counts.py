@@ -96,7 +96,9 @@ def test_gradients_and_optimizer(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("name", [*LANGUAGE, "MptForCausalLM grouped", "MistralForCausalLM ungrouped"])
 def test_activations_of_a_layer(name: str) -> None:
-    """Within 5%: tables that all layers share, such as masks, are not counted; some norms keep a few values more."""
+    """Within 5%: tables that all layers share, such as masks, are not counted; some norms keep a few values more.
+    Outputs of layer norms and activation functions are computed again: kept too, they would be 6 of 16 widths of GPT
+    Neo."""
     name, _, variant = name.partition(" ")
     more: dict[str, Any] = {
         "grouped": {"attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 2}},
@@ -112,7 +114,7 @@ def test_activations_of_a_layer(name: str) -> None:
             depth = {"num_layers": count, "attention_types": [[["local"], count]]}
         model = made(name, **more, **depth)
         layers[count] = _kept(model, rows, context)
-    found = scaling.saved_per_token(model.spec, 1, context, 4)
+    found = scaling.saved_per_token(model.spec, 1, context, 4, recomputed=True)
     assert (layers[3] - layers[2]) / (rows * context) == pytest.approx(found, rel=0.05)
 
 

@@ -99,6 +99,7 @@ def plan(
         checkpointing=checkpointing,
         prefill=prefill,
         accumulation=accumulation,
+        recomputed=device.value == "cpu",
     )
     if tensor_parallel is None and fsdp is None:
         layout = scaling.chosen(spec, head, devices, work, kind.memory)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monoblock import roles
-from monoblock.backends.pytorch.kernels import dispatch, native_ops
+from monoblock.backends.pytorch.kernels import dispatch, native_ops, recompute
 from monoblock.backends.pytorch.kernels.linear import Linear, product
 from monoblock.backends.pytorch.ops import ACT, rotations
 from monoblock.backends.pytorch.parts import Named, named
@@ -36,7 +38,54 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-2] > 1 and native_ops.usable(input, self.weight, self.bias):
             return native_ops.norm(input, self.weight, self.bias, self.eps, rms=False)
-        return super().forward(input)
+        if dispatch.transformed():
+            return super().forward(input)
+        norm = functools.partial(_layer_norm, shape=self.normalized_shape, eps=self.eps)
+        return recompute.remember(super().forward(input), norm, input, self.weight, self.bias)
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Any, eps: float) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+# Activation functions whose backward pass keeps their output, not their input.
+KEEPS_OUTPUT = ("relu", "relu2")
+
+# The gradients of the input, from those of the output and the input, without gradients of their own.
+BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "silu": torch.ops.aten.silu_backward,
+}
+
+
+def activate(x: Tensor, act: str) -> Tensor:
+    """An activation function with gradients; its values by the native kernel where that is usable."""
+    if x.numel() == 0 or x.dtype not in native_ops.DTYPES or native_ops.LIBRARY is None:
+        return ACT[act](x)
+    if native_ops.usable(x):
+        return native_ops.activate(x, ACTIVATIONS.index(act), False)
+    trained = dispatch.native(x, gradient=True)
+    return _Activated.apply(x, act) if trained else ACT[act](x)  # pyright: ignore[reportReturnType]
+
+
+class _Activated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, act: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.act = act
+        return activate(x, act)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        if (backward := BACKWARD.get(ctx.act)) is not None and not again:
+            return backward(gradients[0], x), None
+        with torch.enable_grad():
+            x = x if again else x.detach().requires_grad_()
+            y = ACT[ctx.act](x)
+        return torch.autograd.grad(y, x, gradients[0], create_graph=again)[0], None
 
 
 class Activation(Named):
@@ -49,7 +98,9 @@ class Activation(Named):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() > 2 and x.shape[-2] > 1 and x.numel() and native_ops.usable(x):
             return native_ops.activate(x, self.kind, False)
-        return ACT[self.act](x)
+        if self.act in KEEPS_OUTPUT or dispatch.transformed():
+            return ACT[self.act](x)
+        return recompute.remember(activate(x, self.act), functools.partial(activate, act=self.act), x)
 
     def extra_repr(self) -> str:
         return self.act

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from monoblock.backends.pytorch.kernels import attention_cuda, attention_flex, dispatch, native_ops
+from monoblock.backends.pytorch.kernels import (
+    attention_cuda,
+    attention_flex,
+    attention_training,
+    dispatch,
+    native_ops,
+)
 from monoblock.backends.pytorch.ops import Kernel, Scope
 
 # Queries of a block of the blockwise kernel: their mask of QUERY_BLOCK x keys stays in the CPU's cache.
@@ -23,7 +29,8 @@ QUERY_BLOCK = 256
 def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
     """Attention without a heads x queries x keys array; (b, h, q, d).
 
-    On a GPU: see attention_cuda.py. One query: one fused call. On a CPU without gradients: the native kernel. Queries
+    On a GPU: see attention_cuda.py. One query: one fused call. On a CPU without gradients: the native kernel; with
+    gradients, unless there is ALiBi, dropout or a softcap: attention_training.py. Queries
     aligned with the keys, on a CPU: one call of the flash kernel, with ALiBi and padding as a bias on the keys.
     Otherwise: the fused kernel for each block of queries in order, with its own mask; in training the mask is
     recomputed for the backward pass. Compiled, exported, traced and transformed calls: `_portable`.
@@ -46,6 +53,9 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
     if ordinary and not biased and native_ops.usable(q_bhqd, k_bgkd, v_bgkd):
         out = _native(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
         return out if scope.masked_rows == "all" else fill_fully_masked(out, v_bgkd, scope)
+    if attention_training.usable(q_bhqd, k_bgkd, v_bgkd, scope, kernel):
+        out = attention_training.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel.scale)
+        return fill_fully_masked(out, v_bgkd, scope)
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
     if scope.aligned and scope.by_key and not kernel.dropout and kernel.softcap is None:
         bias = scope.key_bias()

@@ -17,7 +17,8 @@ all that the core can read is 40 GB/s, and two cores together 50 to 80):
     CPU, float32, more; training   oneDNN on the plain matrix: more than twice MKL's rate, which treats other vendors'
                                    processors as old ones; forward and backward alike
     CPU, bfloat16, more rows       with AVX-512 BF16 the native kernels, 1.02 to 1.1 times F.linear (oneDNN), which
-                                   reorders the weights in each product; without it F.linear
+                                   reorders the weights in each product; without it F.linear; in training
+                                   the forward pass alike, F.linear in the backward pass
     CPU, bfloat16, AMX             the native kernels up to 64 rows: at 8 and 32 rows 1.6 and 1.8 times F.linear (one
                                    core of a Xeon, Emerald Rapids), which is 1.25 times as fast at 256
     CPU, quantised, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
@@ -28,7 +29,7 @@ all that the core can read is 40 GB/s, and two cores together 50 to 80):
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import byref
 from typing import Any
 
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monoblock import native
-from monoblock.backends.pytorch.kernels import dispatch, quantized_cuda
+from monoblock.backends.pytorch.kernels import dispatch, quantized_cuda, recompute
 from monoblock.backends.pytorch.quantization import formats
 from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.native import tuning
@@ -83,9 +84,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Ten
     if not (fits and dispatch.native(x, weight, bias, gradient=True)):
         return F.linear
     trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trained and torch.is_grad_enabled():
-        return Product.apply if ONEDNN and x.dtype == torch.float32 else F.linear
-    return _fastest(x, weight, bias)
+    return Product.apply if trained and torch.is_grad_enabled() else _fastest(x, weight, bias)
 
 
 def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
@@ -179,15 +178,21 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    own = gradient.reshape(-1, weight.shape[0])
+    return _gradients(ctx.needs_input_grad, gradient, *ctx.saved_tensors)
+
+
+def _gradients(
+    needs: Sequence[bool], gradient: Tensor, x: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and bias that are needed: that of x needs the weight, that of the weight x."""
+    to_x = to_weight = None
+    own = gradient.reshape(-1, gradient.shape[-1])
     # `dense` again: as fast, and differentiable itself.
-    return (
-        dense(gradient, weight.t(), None) if needs[0] else None,
-        dense(own.t(), x.reshape(-1, weight.shape[1]).t(), None) if needs[1] else None,
-        own.sum(0) if needs[2] else None,
-    )
+    if needs[0] and weight is not None:
+        to_x = dense(gradient, weight.t(), None)
+    if needs[1] and x is not None:
+        to_weight = dense(own.t(), x.reshape(-1, x.shape[-1]).t(), None)
+    return to_x, to_weight, own.sum(0) if needs[2] else None
 
 
 linear.register_autograd(_backward, setup_context=_keep)
@@ -199,12 +204,13 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs = ctx.needs_input_grad
+        recompute.keep(ctx, x if needs[1] else None, weight if needs[0] else None)
         return _fastest(x, weight, bias)(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *gradients)
+        return _gradients(ctx.needs_input_grad, gradients[0], *recompute.kept(ctx))
 
 
 # ---------------------------------------------------------------------------- fused layers
@@ -239,14 +245,14 @@ class JointProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *tensors)
+        recompute.keep(ctx, x, *tensors)
         ctx.whole, ctx.biased = weight, bias is not None
         return _fastest(x, weight, bias)(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        x, *tensors = ctx.saved_tensors
+        x, *tensors = recompute.kept(ctx)
         weights = tensors[: len(tensors) // 2] if ctx.biased else tensors
         rows, needs = [w.shape[0] for w in weights], ctx.needs_input_grad
         # For double backward, the graph must reach the weights themselves.

@@ -18,7 +18,7 @@ from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.native.abi import ActivationCall, AttentionCall, NormCall, RopeCall, strides
 
 LIBRARY: Any = native.library()
-_DTYPES = {torch.float32, torch.bfloat16}
+DTYPES = {torch.float32, torch.bfloat16}
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -26,7 +26,7 @@ def usable(*tensors: Tensor | None) -> bool:
     if LIBRARY is None or not dispatch.native(*tensors):
         return False
     dtypes = {x.dtype for x in tensors if x is not None}
-    return len(dtypes) == 1 and dtypes <= _DTYPES
+    return len(dtypes) == 1 and dtypes <= DTYPES
 
 
 def _common(x: Tensor) -> dict[str, int]:

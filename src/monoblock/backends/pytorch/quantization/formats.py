@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.quantization import bf12
 from monoblock.backends.pytorch.quantization.bf12 import RUN
 from monoblock.checkpoint.packed import SUPER_BLOCK, TWO_LEVEL, ZEROS, group_of, scale_width
@@ -90,6 +91,14 @@ class QuantizedTensor(NamedTuple):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The dequantised matrix (rows, columns)."""
+        if self.rows * self.columns <= _CHUNK or not self.codes.is_cpu or dispatch.transformed():
+            return self._unpack(dtype)
+        made = torch.empty(self.rows, self.columns, dtype=dtype)
+        for rows in _chunks(self.rows, self.columns):
+            made[rows] = self.select(rows)._unpack(dtype)
+        return made
+
+    def _unpack(self, dtype: torch.dtype) -> Tensor:
         codes, scale, low, bits, group, columns = self
         if scale is None:
             return bf12.unpack(codes, columns).to(dtype)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from monoblock.backends.pytorch import heads
+from monoblock.backends.pytorch.kernels import dispatch
+from monoblock.backends.pytorch.kernels.linear import Linear, dense
 from monoblock.training.tasks.base import IGNORED
 
 CHUNK = 1 << 25  # bytes of the logits that exist at a time, and as many of gradients
 SOFTMAX = 1 << 21  # logits whose softmax is computed at a time in float32; 8 MB
-ADDED = 1 << 20  # elements of a gradient that are converted to float32 at a time
+ADDED = 1 << 20  # elements of a gradient that are added to float32 sums at a time
 
 
 def token_loss(model: Any, given: dict[str, Any], labels_bs: Tensor, causal: bool) -> Tensor:
@@ -66,6 +68,22 @@ def _head_parameters(model: Any) -> list[nn.Parameter]:
     return list(found.values())
 
 
+def _plain_head(model: Any, hidden_nw: Tensor) -> Linear | None:
+    """The matrix of the logits, if these are its products with the hidden states and no more, on a CPU."""
+    spec = model.spec
+    if model.has("lm_head") or model.has("classifier_head") or not model.has("head_out"):
+        return None
+    if spec.logit_scale != 1.0 or spec.logit_softcap is not None:
+        return None
+    modules = [model.role(role) for role in ("head_drop", "head_out") if model.has(role)]
+    if any(dispatch.altered(module) for module in modules) or dispatch.hooked_everywhere():
+        return None
+    *dropouts, head = modules
+    if type(head) is not Linear or any(module.p and module.training for module in dropouts):
+        return None
+    return head if dispatch.native(hidden_nw, head.weight, head.bias, gradient=True) else None
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """The loss and its gradients in the forward pass, chunk by chunk, so that logits are neither kept nor computed
     again."""
@@ -78,6 +96,25 @@ class _ChunkedLoss(torch.autograd.Function):
         own = torch.zeros_like(hidden_nw) if needs[1] else None
         # Summed in float32, since bfloat16 would lose the small terms of many chunks.
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        ctx.own, ctx.sums, ctx.dtypes = own, sums, [p.dtype for p in parameters]
+        if (head := _plain_head(model, hidden_nw)) is not None:
+            trained = [p for p in (head.weight, head.bias) if p is not None and p.requires_grad]
+            by_parameter = {id(p): s for p, s in zip(trained, sums, strict=True)}
+            to_weight, to_bias = by_parameter.get(id(head.weight)), by_parameter.get(id(head.bias))
+            # The gradients replace the logits, so that twice as many fit.
+            for start in range(0, len(hidden_nw), 2 * size):
+                part = slice(start, start + 2 * size)
+                chunk = hidden_nw[part]
+                logits_nv = dense(chunk, head.weight, head.bias)
+                total += _loss_and_gradient(logits_nv, labels_n[part], logits_nv)
+                if own is not None:
+                    own[part] = dense(logits_nv, head.weight.t(), None)
+                if to_weight is not None:
+                    _add_product(logits_nv, chunk, to_weight)
+                if to_bias is not None:
+                    to_bias += logits_nv.sum(0, dtype=torch.float32)
+                del logits_nv  # before the next ones
+            return total
         buffer_nv: Tensor | None = None
         for start in range(0, len(hidden_nw), size):
             chunk = hidden_nw[start : start + size].detach()
@@ -98,15 +135,28 @@ class _ChunkedLoss(torch.autograd.Function):
                 while gradients:  # freed one by one, before the next chunk's
                     _add(gradients.pop(), sums[len(gradients)])
                 del edge
-        ctx.own, ctx.sums, ctx.dtypes = own, sums, [p.dtype for p in parameters]
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
+        if ctx.sums is None:
+            raise RuntimeError(
+                "the gradients of this loss exist once: call it again for another backward pass"
+            )
         own = None if ctx.own is None else ctx.own.mul_(gradient)
         sums = [s.mul_(gradient).to(dtype) for s, dtype in zip(ctx.sums, ctx.dtypes, strict=True)]
+        # No reference remains, so that autograd adds to these the gradient of a tied table in place.
+        ctx.own = ctx.sums = None
         return (None, own, None, *sums)
+
+
+def _add_product(gradient_nv: Tensor, hidden_nw: Tensor, to_vw: Tensor) -> None:
+    """Add the gradient of the head's matrix to a float32 sum; by its rows, which stay in the caches."""
+    rows = max(1, ADDED // to_vw.shape[1])
+    for start in range(0, len(to_vw), rows):
+        part = slice(start, start + rows)
+        to_vw[part] += dense(gradient_nv[:, part].t(), hidden_nw.t(), None)
 
 
 def _add(gradient: Tensor | None, to: Tensor) -> None:
