@@ -18,6 +18,7 @@ from tiny_families import randomised
 import monoblock
 from monoblock import AutoModelForCausalLM
 from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix
+from monoblock.conversion.convert import Options, convert
 from monoblock.errors import CheckpointError, ShapeMismatch, UnsupportedConfig
 
 torch.set_num_threads(1)
@@ -128,6 +129,10 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "gptq").save_pretrained(tmp_path / "own")
     tensors = load_file(tmp_path / "own/model.safetensors")
     assert tensors["model.layers.0.mlp.down_proj.weight.low"].dtype == torch.uint8
+    convert(tmp_path / "own", tmp_path / "plain", Options(dtype="float32"))
+    plain = load_file(tmp_path / "plain/model.safetensors")
+    for name, weight in expected.items():
+        assert torch.equal(plain[f"{name}.weight"], torch.from_numpy(weight)), name
     stored = json.loads((tmp_path / "own/config.json").read_text())["quantization_config"]
     assert stored["source"] == "gptq" and stored["method"] == "monoblock"
     check(AutoModelForCausalLM.from_pretrained(tmp_path / "own"), expected)
@@ -244,8 +249,6 @@ def test_default_of_the_format_is_logged(tmp_path: Path, caplog: pytest.LogCaptu
 @pytest.mark.parametrize("tool", ["gptq", "awq"])
 def test_convert_dequantises(tool: str, tmp_path: Path) -> None:
     """Into a folder in float32, to the bit, or in bfloat16 by default; its config declares nothing."""
-    from monoblock.conversion.convert import Options, convert
-
     expected = write(tmp_path / "in", GPTQ if tool == "gptq" else AWQ, symmetric=tool == "gptq")
     convert(tmp_path / "in", tmp_path / "out", Options(dtype="float32", check=True))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
