@@ -105,7 +105,7 @@ class DequantizedTensors:
                 "no known format of quantised weights"
             )
         made = codes.astype(np.float32).reshape(outputs, -1, group)
-        zero_points = low is not None and low.dtype == np.uint8 != scale.dtype
+        zero_points = low is not None and low.dtype == np.uint8 and scale.dtype != np.uint8
         if low is None:
             made -= ZEROS[bits]
         elif zero_points:

@@ -138,7 +138,7 @@ template <int32_t CODES>
 struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
   static constexpr int SETS = 4;  // groups of a row whose sums are found together
-  enum Kind { NEITHER, LOWS, POINTS };  // what the matrix has beside scales: lows, or zero points, which are kept in their place
+  enum Kind { NEITHER, LOWS, POINTS };  // what `low` of the matrix has: nothing, lows or zero points
 
   template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
