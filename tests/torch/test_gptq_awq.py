@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny_families import randomised
 import monoblock
 from monoblock import AutoModelForCausalLM
 from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix
+from monoblock.conversion.convert import Options, convert
 from monoblock.errors import CheckpointError, ShapeMismatch, UnsupportedConfig
 
 torch.set_num_threads(1)
@@ -76,12 +78,13 @@ def write(
     return expected
 
 
-def check(model: Any, expected: dict[str, np.ndarray]) -> None:
-    """The matrices are packed, with these weights to the bit."""
+def check(model: Any, expected: dict[str, np.ndarray], bits: Fraction | None = None) -> None:
+    """The matrices are packed, with these weights to the bit; `bits`: those of a weight in memory."""
     for name, weight in expected.items():
         module = model.get_submodule(name)
         assert isinstance(module, QuantizedMatrix), name
         assert torch.equal(module.dequantize(), torch.from_numpy(weight)), name
+        assert bits is None or module.quantized.nbytes * 8 == bits * weight.size, name
 
 
 FORMS = [
@@ -107,7 +110,11 @@ def test_weights(
 ) -> None:
     expected = write(tmp_path, (GPTQ if tool == "gptq" else AWQ) | declared, family=family, **options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    check(model, expected)
+    # The code, the group's scale, and its zero point where the file may have several.
+    each = (32 if "scales" in options else 16) + (0 if options.get("symmetric") else 8)
+    group = options.get("group", 128)
+    bits = options.get("bits", 4) + Fraction(each, group if group in (32, 64) else 128)
+    check(model, expected, bits)
     assert model.dtype == torch.bfloat16 and model.quantization_config.source == tool
     asked = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     out = model.generate(IDS, **asked)
@@ -120,9 +127,36 @@ def test_weights(
 def test_saved_and_loaded_again(tmp_path: Path) -> None:
     expected = write(tmp_path / "gptq", GPTQ | {"sym": False})
     AutoModelForCausalLM.from_pretrained(tmp_path / "gptq").save_pretrained(tmp_path / "own")
+    tensors = load_file(tmp_path / "own/model.safetensors")
+    assert tensors["model.layers.0.mlp.down_proj.weight.low"].dtype == torch.uint8
+    convert(tmp_path / "own", tmp_path / "plain", Options(dtype="float32"))
+    plain = load_file(tmp_path / "plain/model.safetensors")
+    for name, weight in expected.items():
+        assert torch.equal(plain[f"{name}.weight"], torch.from_numpy(weight)), name
     stored = json.loads((tmp_path / "own/config.json").read_text())["quantization_config"]
     assert stored["source"] == "gptq" and stored["method"] == "monoblock"
     check(AutoModelForCausalLM.from_pretrained(tmp_path / "own"), expected)
+
+
+@pytest.mark.parametrize(("bits", "middle"), [(4, 8), (8, 128)])
+def test_zero_points_of_all_codes(bits: int, middle: int, tmp_path: Path) -> None:
+    """GPTQ's first format stores zero points less 1: the largest is 16, or 256, which no byte holds: such a matrix of
+    8 bits, and one that is fused with it, have lows."""
+    expected = write(tmp_path, GPTQ | {"bits": bits, "sym": False}, bits=bits, symmetric=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.qzeros"].fill_(-1)  # all bits
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    scale = tensors[f"{name}.scales"].float().T.repeat_interleave(128, 1).numpy()
+    expected[name] = expected[name] + (middle - (1 << bits)) * scale
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    check(model, expected)
+    for other in expected:
+        packed = model.get_submodule(other).quantized
+        fused = other in (name, name.replace("up_proj", "gate_proj"))
+        assert packed.zero_points == (bits == 4 or not fused) and packed.low is not None, other
+    model.generate(IDS, max_new_tokens=2)
+    assert model.decoding_path() == "native step"
 
 
 def test_act_order_is_dequantised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -215,8 +249,6 @@ def test_default_of_the_format_is_logged(tmp_path: Path, caplog: pytest.LogCaptu
 @pytest.mark.parametrize("tool", ["gptq", "awq"])
 def test_convert_dequantises(tool: str, tmp_path: Path) -> None:
     """Into a folder in float32, to the bit, or in bfloat16 by default; its config declares nothing."""
-    from monoblock.conversion.convert import Options, convert
-
     expected = write(tmp_path / "in", GPTQ if tool == "gptq" else AWQ, symmetric=tool == "gptq")
     convert(tmp_path / "in", tmp_path / "out", Options(dtype="float32", check=True))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

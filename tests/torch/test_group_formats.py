@@ -1,5 +1,5 @@
 """Quantised matrices as other tools make them: groups of 16 to 128, scales in float32 or of two levels, 8 bits
-with a low, 4 bits without."""
+with a low, 4 bits without, zero points."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.backends.pytorch.quantization.modules import quantized_module
 from monoblock.backends.pytorch.quantization.quantize import matrices
 from monoblock.checkpoint.packed import GROUPS, SUPER_BLOCK, TWO_LEVEL, TWO_LEVEL_GROUPS
+from monoblock.checkpoint.packed import ZEROS as ZERO_CODES
 from monoblock.quantization import WeightOnlyConfig
 
 torch.set_num_threads(1)
 
-# Bits, group, low, the dtype of scales.
-Form = tuple[int, int, bool, str]
+# Bits, group, what `low` has, the dtype of scales.
+Form = tuple[int, int, str, str]
+NONE, LOWS, ZEROS = "no low", "lows", "zero points"
 FORMS: list[Form] = [
-    *itertools.product((8, 4), GROUPS, (False, True), ("F16", "F32")),
-    *itertools.product((8, 4), TWO_LEVEL_GROUPS, (False, True), (TWO_LEVEL,)),
+    *itertools.product((8, 4), GROUPS, (NONE, LOWS, ZEROS), ("F16", "F32")),
+    *itertools.product((8, 4), TWO_LEVEL_GROUPS, (NONE, LOWS), (TWO_LEVEL,)),
 ]
 # Activations in 8 bits, or none: measured up to 0.006 and 2e-7 of the product's norm.
 BOUNDS = {True: 0.01, False: 1e-6}
@@ -46,8 +48,12 @@ def random_matrix(outputs: int, inputs: int, form: Form, seed: int = 0) -> Quant
     scale = (0.5 + torch.rand(outputs, padded // group, generator=random)) / steps
     # Not in the middle of the codes, so that the sum of low times inputs counts.
     lows = -scale * (1 << bits) * (0.3 + 0.3 * torch.rand(scale.shape, generator=random))
-    made = (as_stored(x, stored, SUPER_BLOCK // group) for x in (scale, lows))
-    return QuantizedTensor(codes, next(made), next(made) if low else None, bits, group, inputs)
+    made = as_stored(scale, stored, SUPER_BLOCK // group)
+    if low == ZEROS:  # every byte in 8 bits; in 4 bits up to 16, as in GPTQ's first format
+        zeros = torch.randint(0, 256 if bits == 8 else 17, scale.shape, generator=random, dtype=torch.uint8)
+        return QuantizedTensor(codes, made, zeros, bits, group, inputs)
+    made_lows = as_stored(lows, stored, SUPER_BLOCK // group) if low == LOWS else None
+    return QuantizedTensor(codes, made, made_lows, bits, group, inputs)
 
 
 def as_stored(values: Tensor, stored: str, groups: int) -> Tensor:
@@ -75,16 +81,20 @@ def values_of(stored: Tensor, group: int) -> Tensor:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_weights(form: Form) -> None:
-    bits, group, has_low, _ = form
+    bits, group, low, _ = form
     packed = random_matrix(3, 200, form)
     codes = packed.codes
     if bits == 4:
         runs = codes.unflatten(1, (-1, 64))
         codes = torch.cat((runs & 15, runs >> 4), -1).flatten(1)
-    assert packed.scale is not None and (packed.low is not None) == has_low
+    assert packed.scale is not None and (packed.low is not None) == (low != NONE)
+    assert packed.zero_points == (low == ZEROS)
     scale = values_of(packed.scale, group).repeat_interleave(group, 1)
     if packed.low is None:
         expected = (codes.float() - (8 if bits == 4 else 128)) * scale
+    elif low == ZEROS:
+        expected = (codes.int() - packed.low.int().repeat_interleave(group, 1)) * scale
+        assert torch.equal(packed.unpack(torch.float32), expected[:, :200])  # rounded once
     else:
         expected = codes * scale + values_of(packed.low, group).repeat_interleave(group, 1)
     torch.testing.assert_close(packed.unpack(torch.float32), expected[:, :200])
@@ -110,6 +120,40 @@ def test_product(level: str, form: Form) -> None:
         assert float((short.float() - expected).norm() / expected.norm()) < 0.015, rows
 
 
+@pytest.mark.parametrize("form", [form for form in FORMS if form[2] == ZEROS])
+@torch.no_grad()
+def test_rows_with_zero_points_have_the_same_bits_alone(level: str, form: Form) -> None:
+    """And those of the format without a low where all zero points are its code of 0: integer sums are exact."""
+    if level != "avx512_vnni_bf16":
+        pytest.skip("other levels have another order of sums for many rows")
+    for outputs, inputs in [(67, 515), (9, 130), (130, 64)]:
+        packed = random_matrix(outputs, inputs, form)
+        assert packed.low is not None
+        x = torch.randn(47, inputs, generator=torch.Generator().manual_seed(2))
+        alone = torch.cat([quantized_dense(row, packed, None) for row in x.split(1)])
+        for rows in (2, 3, 4, 8, 11, 17, 20, 47):
+            assert torch.equal(quantized_dense(x[:rows], packed, None), alone[:rows]), (outputs, inputs, rows)
+        alike = packed._replace(low=torch.full_like(packed.low, ZERO_CODES[form[0]]))
+        for rows in (1, 4, 47):
+            expected = quantized_dense(x[:rows], alike._replace(low=None), None)
+            assert torch.equal(quantized_dense(x[:rows], alike, None), expected), (outputs, inputs, rows)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_memory_of_zero_points(group: int) -> None:
+    """Code, fp16 scale and a byte: 4.19 bits a weight in groups of 128."""
+    packed = random_matrix(64, 1024, (4, group, ZEROS, "F16"))
+    assert packed.nbytes * 8 / (64 * 1024) == 4 + (16 + 8) / group
+
+
+def test_zero_points_stay_bytes_in_modules() -> None:
+    """`.to(dtype)` leaves them alone, also where there is an odd number of groups."""
+    packed = random_matrix(5, 128, (4, 128, ZEROS, "F16"))
+    module = quantized_module(torch.nn.Linear(128, 5), packed, torch.float32).double()
+    assert module.scale is not None and module.scale.dtype == torch.float16
+    assert module.low is not None and torch.equal(module.low, packed.low)
+
+
 def test_formats_that_do_not_exist() -> None:
     for codes, scales, two_level in ((384, 2, False), (128, 8, False), (384, 5, False), (384, 12, True)):
         with pytest.raises(ValueError, match="bytes of codes"):
@@ -117,7 +161,16 @@ def test_formats_that_do_not_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "form", [(4, 32, True, "F16"), (4, 32, False, "F16"), (8, 16, True, "F32"), (4, 32, True, TWO_LEVEL)]
+    "form",
+    [
+        (4, 32, LOWS, "F16"),
+        (4, 32, NONE, "F16"),
+        (8, 16, LOWS, "F32"),
+        (4, 32, LOWS, TWO_LEVEL),
+        (4, 128, ZEROS, "F16"),
+        (4, 16, ZEROS, "F32"),
+        (8, 64, ZEROS, "F16"),
+    ],
 )
 @torch.no_grad()
 def test_models(level: str, form: Form) -> None:

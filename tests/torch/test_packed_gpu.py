@@ -21,10 +21,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def packed(outputs: int, inputs: int, bits: int, group: int, *, low: bool = True) -> Any:
-    """`low`: 4 bits have one; without it code 8 stands for 0."""
-    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
-    made = formats.pack(weight, bits, group)
+def packed(outputs: int, inputs: int, bits: int, group: int, *, low: bool = True, zeros: bool = False) -> Any:
+    """`low`: 4 bits have one; without it code 8 stands for 0. `zeros`: zero points, of 4 bits."""
+    random = torch.Generator().manual_seed(0)
+    made = formats.pack(torch.randn(outputs, inputs, generator=random), bits, group)
+    if zeros:
+        points = torch.randint(0, 17, made.scale.shape, generator=random, dtype=torch.uint8)
+        made = made._replace(low=points)
     made = made if low else made._replace(low=None)
     return made, made.unpack(torch.float64)
 
@@ -66,19 +69,24 @@ def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     quantized_cuda.kernel.cache_clear()
 
 
-FORMS = [(8, True), (4, True), (4, False)]  # bits, and whether 4 bits have a low
+FORMS = [
+    (8, True, False),
+    (4, True, False),
+    (4, False, False),
+    (4, True, True),
+]  # bits, whether 4 bits have a low, and whether it has zero points
 CASES = [(*form, group, *size) for form in FORMS for group in (64, 128) for size in ((40, 200), (16, 64))]
 
 
 @pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs triton and TRITON_INTERPRET=1")
-@pytest.mark.parametrize(("bits", "low", "group", "outputs", "inputs"), CASES)
+@pytest.mark.parametrize(("bits", "low", "zeros", "group", "outputs", "inputs"), CASES)
 # Not bf16, which the interpreter has not: NumPy lacks it.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @torch.no_grad()
 def test_kernel_in_the_interpreter(
-    bits: int, low: bool, group: int, outputs: int, inputs: int, dtype: Any
+    bits: int, low: bool, zeros: bool, group: int, outputs: int, inputs: int, dtype: Any
 ) -> None:
-    made, numbers = packed(outputs, inputs, bits, group, low=low)
+    made, numbers = packed(outputs, inputs, bits, group, low=low, zeros=zeros)
     for rows, bias in ((1, None), (3, torch.randn(outputs).to(dtype)), (16, None)):
         x = rows_of(rows, inputs, dtype)
         y = quantized_cuda.multiply(x, made, bias)
@@ -90,8 +98,10 @@ def test_kernel_in_the_interpreter(
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton, and TRITON_INTERPRET not to be set")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(("bits", "low"), FORMS)
-def test_the_kernel_compiles_for_a_gpu(bits: int, low: bool, dtype: str, capability: int) -> None:
+@pytest.mark.parametrize(("bits", "low", "zeros"), FORMS)
+def test_the_kernel_compiles_for_a_gpu(
+    bits: int, low: bool, zeros: bool, dtype: str, capability: int
+) -> None:
     """To the machine code of an A100 and an H100, for which no GPU is needed; 16-bit products use the matrix units."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -99,13 +109,15 @@ def test_the_kernel_compiles_for_a_gpu(bits: int, low: bool, dtype: str, capabil
 
     from monoblock.backends.pytorch.kernels import triton_quantized
 
-    pointers = {"x": dtype, "codes": "u8", "scale": "fp16", "low": "fp16", "bias": dtype, "y": dtype}
+    pointers = {"x": dtype, "codes": "u8", "scale": "fp16", "bias": dtype, "y": dtype}
+    pointers["low"] = "u8" if zeros else "fp16"
     signature = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
     signature |= dict.fromkeys(("rows", "outputs", "inputs", "padded"), "i32")
     constants = {
         "BITS": bits,
         "GROUP": 128,
         "LOW": low and bits == 4,
+        "ZEROS": zeros,
         "BIAS": True,
         "N": triton_quantized.OUTPUTS,
     }

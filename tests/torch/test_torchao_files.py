@@ -25,11 +25,6 @@ IDS = torch.arange(3, 15)[None]
 STEM = "model.layers.0.mlp.down_proj"
 
 
-def zero_code(bits: int) -> int:
-    """The code of the integer 0 in the packed format."""
-    return 8 if bits <= 4 else 128
-
-
 def write(
     folder: Path,
     *,
@@ -55,15 +50,8 @@ def write(
             zero = random.integers(-limit, limit, zero.shape).astype(np.int8)
         scale = torch.from_numpy(random.uniform(0.5, 1, zero.shape) / (8 * limit)).to(scales)
         values = scale.float().numpy()
-        wide, low = (
-            np.repeat(x, size, axis=1)
-            for x in (values, values * -(zero.astype(np.float32) + zero_code(bits)))
-        )
-        # In the order of the packed formats: scale * code + low, or without a low scale * (code - 128).
-        if bits > 4 and not zeros:
-            expected[name] = wide * codes.astype(np.float32)
-        else:
-            expected[name] = wide * (codes.astype(np.float32) + zero_code(bits)) + low
+        wide, less = (np.repeat(x, size, axis=1) for x in (values, zero.astype(np.float32)))
+        expected[name] = wide * (codes.astype(np.float32) - less)
         del tensors[f"{name}.weight"]
         stored = {"qdata": codes, "scale": scale, "zero_point": zero}
         tensors |= {f"{name}._weight_{k}": torch.as_tensor(x) for k, x in stored.items()}
@@ -111,6 +99,26 @@ def test_weights(options: dict[str, Any], tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     check(again, expected)
     assert torch.equal(again.generate(IDS, max_new_tokens=3), tokens)
+
+
+def test_zero_points_beyond_the_codes(tmp_path: Path) -> None:
+    """An integer of 4 bits whose zero point is below -8 has no byte for it: that matrix, and those that are fused with
+    it, have lows; others have zero points."""
+    expected = write(tmp_path, bits=4, group=128, zeros=True, scales=torch.float16)
+    name = "model.layers.0.mlp.up_proj"
+
+    def lower(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{name}._weight_zero_point"] -= 30
+        scale = tensors[f"{name}._weight_scale"].float().repeat_interleave(128, 1)
+        expected[name] = (torch.from_numpy(expected[name]) + 30 * scale).numpy()
+
+    changed(tmp_path, lower)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    check(model, expected)
+    for other in expected:
+        packed = model.get_submodule(other).quantized
+        fused = other in (name, name.replace("up_proj", "gate_proj"))
+        assert packed.zero_points != fused, other
 
 
 def test_groups_that_no_format_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -91,6 +91,10 @@ class AffineTensors(QuantizedView):
     def lows(self, stem: str) -> Array:
         """What is added to scale * code (outputs, groups), float32."""
 
+    def zero_points(self, stem: str) -> Array:
+        """The codes of 0 (outputs, groups), 0 to 255, of a matrix in a form that has them."""
+        raise NotImplementedError(f"{type(self).__name__} has no form with zero points ({stem})")
+
     def _chunks(self, stem: str) -> Iterator[slice]:
         outputs, inputs = self.shapes[stem]
         step = max(8, _CHUNK // inputs)
@@ -99,10 +103,10 @@ class AffineTensors(QuantizedView):
     def component(self, stem: str, form: PackedForm, part: str) -> Array:
         shape = self.shapes[stem]
         if part != "codes":
-            values = self.scales(stem) if part == "scale" else self.lows(stem)
+            read = self.scales if part == "scale" else self.zero_points if form.zero_points else self.lows
             # A group of a whole row ends with the row's padding.
             size = self.group(stem) if self.group(stem) % form.group == 0 else -(-shape[1] // 128) * 128
-            return pack_groups(values, size, shape[1], form)
+            return pack_groups(read(stem), size, shape[1], form, part)
         made, own = np.empty(form.shape(part, shape), np.uint8), self._own[stem]
         assert own is not None
         # Without a low, the code of 0 is that of the format.

@@ -17,7 +17,8 @@ from monoblock.errors import CheckpointError, ShapeMismatch
 
 class DequantizedTensors:
     """Tensors with each quantised matrix `X.weight`, of components `X.weight.codes` and so on, as float32:
-    scale * code + low, or scale * (code - zero) without a low. `fit` gives the matrices' shapes first."""
+    scale * code + low, or scale * (code - zero) without a low or with zero points. `fit` gives the matrices' shapes
+    first."""
 
     def __init__(self, tensors: Tensors):
         self._tensors = tensors
@@ -104,10 +105,13 @@ class DequantizedTensors:
                 "no known format of quantised weights"
             )
         made = codes.astype(np.float32).reshape(outputs, -1, group)
+        zero_points = low is not None and low.dtype == np.uint8 and scale.dtype != np.uint8
         if low is None:
             made -= ZEROS[bits]
+        elif zero_points:
+            made -= low[..., None]
         made *= scale_values(scale, group, padded)[..., None]
-        if low is not None:
+        if low is not None and not zero_points:
             made += scale_values(low, group, padded)[..., None]
         made = made.reshape(outputs, padded)[:, :inputs]
         return np.ascontiguousarray(made.T if name in self._transposed else made)

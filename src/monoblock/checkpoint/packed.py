@@ -5,7 +5,8 @@ A matrix (outputs, inputs), with inputs padded to a multiple of 128, is `codes` 
 backends/pytorch/quantization/formats.py, whose docstring has the formulas.
 
 Scales and lows are float16, float32 or two-level: in each row first an int8 factor per group, then an fp16 number per
-super-block of 256 weights, all as bytes. The value of a group is their product.
+super-block of 256 weights, all as bytes. The value of a group is their product. Beside scales of float16 or float32,
+`low` may instead have zero points: the code of 0 of each group, uint8 (outputs, padded / group).
 """
 
 from __future__ import annotations
@@ -22,21 +23,24 @@ Array = np.ndarray[Any, Any]
 RUN = 128  # inputs are padded to a multiple of this
 SUPER_BLOCK = 256  # weights that share an fp16 number in two-level scales
 TWO_LEVEL = "U8"
+ZERO_POINTS = "U8"  # the dtype of `low` that has them
 GROUPS, TWO_LEVEL_GROUPS = (16, 32, 64, 128), (16, 32)
 ZEROS = {8: 128, 4: 8}  # bits -> the code of 0 without a low
+_NUMPY = {"F16": np.float16, "F32": np.float32, ZERO_POINTS: np.uint8}
 # Matrices that one product multiplies by, which therefore have one format.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("Wq", "Wk", "Wv"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedForm:
-    """The format of a quantised matrix: bits, group, whether it has `low`, and the dtype that stores scale and low
-    ("F16", "F32", or TWO_LEVEL), by safetensors' name."""
+    """The format of a quantised matrix: bits, group, whether it has `low`, the dtype that stores scale and low ("F16",
+    "F32", or TWO_LEVEL), by safetensors' name, and whether its `low` has zero points in place of lows."""
 
     bits: int
     group: int
     low: bool
     scales: str
+    zero_points: bool = False
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -45,6 +49,8 @@ class PackedForm:
 
     def dtype(self, component: str) -> str:
         """The safetensors name of a component's dtype."""
+        if component == "low" and self.zero_points:
+            return ZERO_POINTS
         return "U8" if component == "codes" else self.scales
 
     def shape(self, component: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -78,13 +84,16 @@ def common_form(forms: Iterable[PackedForm]) -> PackedForm:
     forms = tuple(forms)
     low = any(form.low for form in forms)
     scales = {form.scales for form in forms}
+    # A form without a low has one zero point for all groups.
+    zero_points = low and TWO_LEVEL not in scales and all(form.zero_points for form in forms if form.low)
     # A low that is computed from a scale may exceed fp16; a power of two times an fp16 number of two levels does not.
-    derived = low and len(set(forms)) > 1 and scales != {TWO_LEVEL}
+    derived = low and not zero_points and len(set(forms)) > 1 and scales != {TWO_LEVEL}
     return PackedForm(
         bits=max(form.bits for form in forms),
         group=min(form.group for form in forms),
         low=low,
         scales="F32" if derived or len(scales) > 1 else scales.pop(),
+        zero_points=zero_points,
     )
 
 
@@ -99,19 +108,21 @@ def pack_codes(codes: Array, bits: int) -> Array:
     return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, -1)
 
 
-def pack_groups(values: Array, size: int, inputs: int, form: PackedForm) -> Array:
-    """Scales or lows (rows, groups of `size` inputs) in the layout of the format, padded with zeros."""
+def pack_groups(values: Array, size: int, inputs: int, form: PackedForm, part: str) -> Array:
+    """The scales or lows (`part`) of rows, (rows, groups of `size` inputs), in the layout of the format, padded with
+    zeros."""
     padded, group = -(-inputs // RUN) * RUN, form.group
     if size > group:
         values = np.repeat(values, size // group, axis=1)
     values = values[:, : padded // group]
     if values.shape[1] < padded // group:
         values = np.pad(values, ((0, 0), (0, padded // group - values.shape[1])))
-    return np.require(values, np.float32 if form.scales == "F32" else np.float16, ["C", "W"])
+    return np.require(values, _NUMPY[form.dtype(part)], ["C", "W"])
 
 
 def scale_values(stored: Array, group: int, padded: int) -> Array:
-    """The float32 values (rows, groups) of a matrix's scales or lows, as a form stores them."""
+    """The float32 values (rows, groups) of a matrix's scales, or of lows that are no zero points, as a form stores
+    them."""
     if stored.dtype != np.uint8:
         return stored.astype(np.float32)
     groups = padded // group

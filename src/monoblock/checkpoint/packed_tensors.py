@@ -36,6 +36,7 @@ from monoblock.checkpoint.packed import (
     RUN,
     Array,
     PackedForm,
+    common_form,
     fused_members,
     pack_codes,
     pack_groups,
@@ -89,8 +90,10 @@ class PackedTensors(QuantizedView):
             here = [
                 member for member in fused_members(stem) if member in forms or f"{member}.weight" in names
             ]
-            if any(forms.get(member) is None for member in here):  # not packed, or not quantised
-                forms |= dict.fromkeys((member for member in here if member in forms), None)
+            held = [form for member in here if (form := forms.get(member)) is not None]
+            # None if one of them is not packed, or not quantised.
+            common = common_form(held) if len(held) == len(here) else None
+            forms |= dict.fromkeys((member for member in here if member in forms), common)
         more = _MORE if how.layout != "qweight" else ()
         own = {f"{stem}{end}" for stem in stems for end in (*ends, *more)}
         for name in names:
@@ -192,9 +195,10 @@ class PackedTensors(QuantizedView):
         if group not in GROUPS or not self._consecutive(stem):
             return None
         short = self.tensors.dtype(stem + self._scales_end) == "F16" and how.layout != "scb"
-        middle = how.symmetric
-        scales = "F16" if short and middle else "F32"
-        return PackedForm(bits=how.bits, group=group, low=not middle, scales=scales)
+        # GPTQ's first format may have the zero point 256 in 8 bits, which a byte does not hold.
+        held = not how.symmetric and (how.bits == 4 or bool(self._zeros(stem).max() < 256))
+        scales = "F16" if short and (how.symmetric or held) else "F32"
+        return PackedForm(bits=how.bits, group=group, low=not how.symmetric, scales=scales, zero_points=held)
 
     def _consecutive(self, stem: str) -> bool:
         """Whether each group has consecutive inputs."""
@@ -280,9 +284,12 @@ class PackedTensors(QuantizedView):
                 made[rows] = pack_codes(codes, form.bits)
             return made
         scales, zeros = self._scales(stem)
-        values = scales if part == "scale" else scales * -zeros.astype(np.float32)
+        if part == "low":
+            values = zeros if form.zero_points else scales * -zeros.astype(np.float32)
+        else:
+            values = scales
         size = self._how.group or -(-shape[1] // RUN) * RUN
-        made = pack_groups(values, size, shape[1], form)
+        made = pack_groups(values, size, shape[1], form, part)
         if not np.isfinite(made).all():
             raise CheckpointError(
                 f"{stem}{self._scales_end} has scales beyond fp16's range: the file is damaged"

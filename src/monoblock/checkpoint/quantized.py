@@ -1,5 +1,5 @@
 """Quantised weights in checkpoint files: a matrix `X.weight` is stored as `X.weight.codes`, with `X.weight.scale` for 8
-and 4 bits and `X.weight.low` (the groups' minima) for 4 bits.
+and 4 bits and `X.weight.low` (the groups' minima, or zero points) for 4 bits.
 
 Each component is presented under the name of its matrix, so that the families' key maps apply unchanged. Rows are
 always outputs: a quantised matrix is never stored transposed.

@@ -106,10 +106,11 @@ class TorchaoTensors(AffineTensors):
         group = RUN if whole else matrix.group
         if group not in GROUPS:
             return None
-        middle = not self._zeros(stem).any()
-        short = self.tensors.dtype(stem + _SCALE) == "F16" and middle
-        bits = 4 if matrix.bits <= 4 else 8
-        return PackedForm(bits=bits, group=group, low=not middle, scales="F16" if short else "F32")
+        zeros, bits = self.zero_points(stem), 4 if matrix.bits <= 4 else 8
+        low = bool((zeros != self._middle(stem)).any())
+        held = low and bool(zeros.min() >= 0)
+        short = self.tensors.dtype(stem + _SCALE) == "F16" and (held or not low)
+        return PackedForm(bits=bits, group=group, low=low, scales="F16" if short else "F32", zero_points=held)
 
     def group(self, stem: str) -> int:
         return self._matrices[stem].group
@@ -117,9 +118,6 @@ class TorchaoTensors(AffineTensors):
     def _middle(self, stem: str) -> int:
         """The code of the integer 0."""
         return 8 if self._matrices[stem].bits <= 4 else 128
-
-    def _zeros(self, stem: str) -> Array:
-        return as_array(self.tensors.tensor(stem + _ZERO))
 
     def codes(self, stem: str, rows: slice) -> Array:
         stored = as_array(self.tensors.tensor(stem + _QDATA))[rows]
@@ -140,4 +138,8 @@ class TorchaoTensors(AffineTensors):
         return values
 
     def lows(self, stem: str) -> Array:
-        return self.scales(stem) * -(self._zeros(stem).astype(np.float32) + np.float32(self._middle(stem)))
+        return self.scales(stem) * -self.zero_points(stem).astype(np.float32)
+
+    def zero_points(self, stem: str) -> Array:
+        """The codes of 0; those of 4 bits may be negative, where no form with zero points holds them."""
+        return as_array(self.tensors.tensor(stem + _ZERO)).astype(np.int16) + self._middle(stem)

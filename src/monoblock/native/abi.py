@@ -23,8 +23,9 @@ from typing import Any
 
 # `Format` of matrix.hpp.
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
-# `ScaleFormat` of scales.hpp, by the dtype that stores scales and lows.
+# `ScaleFormat` of scales.hpp, by the dtype that stores scales and lows; ZERO_POINTS is added where `low` holds bytes.
 SCALE_FORMATS = {"float16": 0, "float32": 1, "uint8": 2}
+ZERO_POINTS = 4
 
 # Strides (batch, head, token), in elements.
 Strides = c_int64 * 3

@@ -354,7 +354,7 @@ inline void amx_pack(const Matrix& m, bool codes, int64_t output, int64_t from, 
 
 // The scales or lows of a group, of at least AMX_STEP weights, of 32 outputs as float32. The last output stands in for those beyond the end.
 inline void amx_values(const Matrix& m, const void* values, int64_t output, int64_t groups, int64_t group, float* to) {
-  if (m.scale_format == FLOAT) {
+  if (scales_of(m) == FLOAT) {
     for (int o = 0; o < 2 * SIDE; ++o)
       to[o] = ((const float*)values)[(output + o < m.outputs ? output + o : m.outputs - 1) * groups + group];
     return;
@@ -370,6 +370,14 @@ inline void amx_values(const Matrix& m, const void* values, int64_t output, int6
     }
   }
   for (int i = 0; i < 2; ++i) store(to + i * SIDE, _mm512_cvtph_ps(load<__m256i>(half + i * SIDE)));
+}
+
+// The lows of a group, as `amx_values`, whose scales are `scale`.
+inline void amx_lows(const Matrix& m, int64_t output, int64_t groups, int64_t group, const float* scale, float* to) {
+  if (!has_zero_points(m)) return amx_values(m, m.low, output, groups, group, to);
+  const uint8_t* zeros = (const uint8_t*)m.low;
+  for (int o = 0; o < 2 * SIDE; ++o)
+    to[o] = -scale[o] * zeros[(output + o < m.outputs ? output + o : m.outputs - 1) * groups + group];
 }
 
 // Whether tiles of these weights can be loaded from where they are, for a block of 32 outputs: where lines of several rows
@@ -401,8 +409,9 @@ inline void amx_sums(const Matrix& m, int64_t first, int64_t count, const AmxInp
     }
     const int64_t group = codes ? k * AMX_STEP / m.group : 0, groups = codes ? steps * AMX_STEP / m.group : 0;
     for (int64_t g = 0; g < groups; ++g) {
-      amx_values(m, m.scale, output, in.groups, group + g, s.scale + g * 2 * SIDE);
-      if (m.low) amx_values(m, m.low, output, in.groups, group + g, s.low + g * 2 * SIDE);
+      float* scale = s.scale + g * 2 * SIDE;
+      amx_values(m, m.scale, output, in.groups, group + g, scale);
+      if (m.low) amx_lows(m, output, in.groups, group + g, scale, s.low + g * 2 * SIDE);
     }
     // The weights that are multiplied next are prefetched.
     AmxPrefetch prefetch;

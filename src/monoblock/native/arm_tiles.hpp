@@ -38,15 +38,23 @@ struct CodeTile {
       const int count = groups - first < PANEL ? int(groups - first) : PANEL;
       float scales[R][T][PANEL];
       // scale * q_scale of each group; the terms of `low` are added to the sums.
-      for (int g = 0; g < count; g += LANES)
-        stored.read(first + g, count - g, [&](int r, Floats scale, Floats low) {
-          if (FORMAT == INT8) low += scale * 128.0f;
+      for (int g = 0; g < count; g += LANES) {
+        Floats scale[R], low[R];  // low: of the codes of 0 here
+        stored.scales(first + g, count - g, [&](int r, Floats own) { scale[r] = own; });
+        if (stored.has_lows())
+          stored.lows(first + g, count - g, [&](int r, Floats own) { low[r] = FORMAT == INT8 ? own + scale[r] * 128.0f : own; });
+        else
+          UNROLL for (int r = 0; r < R; ++r) {
+            const Floats zero = stored.has_zero_points() ? stored.zeros(r, first + g, count - g) : all(zero_of(m));
+            low[r] = scale[r] * ((FORMAT == INT8 ? 128.0f : 0.0f) - zero);
+          }
+        UNROLL for (int r = 0; r < R; ++r)
           UNROLL for (int t = 0; t < T; ++t) {
             const int64_t own = (row + t) * p.blocks + first + g;
-            store(scales[r][t] + g, scale * load<Floats>(p.q_scale + own));
-            if (FORMAT == INT4 || m.low) sums[r][t] += low * load<Floats>(p.q_sum + own);
+            store(scales[r][t] + g, scale[r] * load<Floats>(p.q_scale + own));
+            if (FORMAT == INT4 || m.low) sums[r][t] += low[r] * load<Floats>(p.q_sum + own);
           }
-        });
+      }
       for (int g = 0; g < count; g += EACH) {
         const int64_t k = (first + g) * GROUP;
         run_of<HINT, R, T, GROUP>(w + (FORMAT == INT8 ? k : k / 2), gap * bytes, x + k, p.padded, scales, g, ahead, sums);

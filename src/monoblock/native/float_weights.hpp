@@ -15,11 +15,11 @@ template <Format FORMAT, int PART, class T>
 inline void dequantise_as(const Matrix& m, int64_t output, int64_t k, int64_t count, T* to) {
   const uint8_t* codes = (const uint8_t*)m.data + output * row_bytes(m);
   const RowScales stored(m, output);
-  // Without `low`, codes are first made signed: then the product is rounded once.
-  const float zero = m.low ? 0.0f : zero_of(m);
   for (int64_t start = k; start < k + count; start += PART, to += PART) {
     const int64_t group = start / m.group;
-    const float scale = stored.scale(group), low = m.low ? stored.low(group) : 0.0f;
+    // Where a code stands for 0, it is subtracted first: then the product is rounded once.
+    const float scale = stored.scale(group), zero = stored.has_lows() ? 0.0f : stored.zero(group);
+    const float low = stored.has_lows() ? stored.low(group, scale) : 0.0f;
     // The low nibbles of a run are its first 64 codes, the high nibbles the others.
     const bool high = start % RUN >= BLOCK;
     const uint8_t* block = FORMAT == INT8 ? codes + start : codes + start / RUN * BLOCK + start % BLOCK;

@@ -24,7 +24,8 @@ constexpr int64_t FEW_INT8_ROWS = 24;  // rows of inputs up to which a packed bl
 // A thread's scratch.
 struct PackedPanel {
   uint8_t* codes;               // (padded / 4, VECTORS, SIDE, 4)
-  float *scale, *low, *bias;    // (groups, PANEL), (groups, PANEL) if the matrix has it, (PANEL); low is that of the middle
+  float *scale, *low, *bias;    // (groups, PANEL), (groups, PANEL) if the matrix has it, (PANEL); low is that of the middle, or
+                                // the bits of int32 zero points
   float* sums;                  // (FEW_INT8_ROWS, SETS, PANEL)
 
   static int64_t bytes(int64_t inputs, int64_t group) {
@@ -57,10 +58,13 @@ inline void pack_scales_of(const Matrix& m, const PanelRows& rows, const PackedP
     for (int64_t g = 0; g < groups; g += SIDE) {
       const int64_t left = groups - g < SIDE ? groups - g : SIDE;
       Floats scale[SIDE], low[SIDE];
-      for (int r = 0; r < SIDE; ++r)
-        TileScales<1, GROUP>(m, rows.row[side + r], 0).read(g, left, [&](int, Floats own, Floats own_low) {
-          scale[r] = own, low[r] = m.format == INT8 ? own_low + own * 128.0f : own_low;
-        });
+      for (int r = 0; r < SIDE; ++r) {
+        const TileScales<1, GROUP> stored(m, rows.row[side + r], 0);
+        stored.scales(g, left, [&](int, Floats own) { scale[r] = own; });
+        if (stored.has_lows())
+          stored.lows(g, left, [&](int, Floats own) { low[r] = m.format == INT8 ? own + scale[r] * 128.0f : own; });
+        if (stored.has_zero_points()) low[r] = (Floats)_mm512_cvtepu8_epi32(stored.zeros(0, g, left));
+      }
       transpose(scale);
       for (int i = 0; i < left; ++i) store(to.scale + (g + i) * PANEL + side, scale[i]);
       if (!m.low) continue;
@@ -104,7 +108,8 @@ struct PanelProduct {
   const Matrix& m;
   const PackedPanel& w;
   const Prepared& p;
-  int middle;     // the code that stands for `low`, or for 0
+  int middle;     // the code that stands for `low`, or for 0; 0 with zero points
+  bool zeros;     // `low` has zero points
   int lines;      // cache lines that are prefetched for each 16 inputs of a register tile
   WeightPrefetch& prefetch;
 };
@@ -187,6 +192,7 @@ INLINE void multiply_int8_group(const PanelProduct& of, const uint8_t* codes, in
   const float *x_scale = of.p.q_scale + own, *x_sum = of.p.q_sum + own;
   const float *scales = of.w.scale + g * PANEL, *lows = of.w.low + g * PANEL;
   const int32_t *totals = of.p.q_total + own, middle = of.middle;
+  const bool zeros = LOW && of.zeros;
   const int8_t* q = of.p.q + row * padded + g * GROUP;
   int32_t start[T];
   UNROLL for (int t = 0; t < T; ++t) start[t] = -middle * totals[t * blocks];
@@ -198,8 +204,12 @@ INLINE void multiply_int8_group(const PanelProduct& of, const uint8_t* codes, in
     UNROLL for (int t = 0; t < T; ++t) {
       float* to = sums + t * SETS * PANEL + i * SIDE;
       const Floats before = BEGIN ? Floats{} : load<Floats>(to);
+      if (zeros) {  // both factors fit in 16 bits
+        const __m512i total = _mm512_set1_epi32(totals[t * blocks]);
+        dot[t][i] = _mm512_sub_epi32(dot[t][i], _mm512_madd_epi16(total, load<__m512i>(lows + i * SIDE)));
+      }
       Floats sum = fused(__builtin_convertvector((Ints)dot[t][i], Floats), scale * x_scale[t * blocks], before);
-      if (LOW) sum = fused(load<Floats>(lows + i * SIDE), all(x_sum[t * blocks]), sum);
+      if (LOW && !zeros) sum = fused(load<Floats>(lows + i * SIDE), all(x_sum[t * blocks]), sum);
       store(to, sum);
     }
   }
@@ -274,7 +284,8 @@ inline void int8_panel(const Matrix& m, const PackedPanel& w, int64_t first, con
   const PanelRows own(m, first);
   pack_scales(m, own, w);
   const int64_t tiles = (rows + TOKENS - 1) / TOKENS, lines = m.format == INT8 ? 16 : 8;  // of 64 rows, for 16 inputs
-  const PanelProduct product = {m, w, p, m.format == INT8 || !m.low ? zero_of(m) : 0, int((lines + tiles - 1) / tiles), prefetch};
+  const int middle = !m.low || (m.format == INT8 && has_lows(m)) ? zero_of(m) : 0;
+  const PanelProduct product = {m, w, p, middle, has_zero_points(m), int((lines + tiles - 1) / tiles), prefetch};
   const int64_t groups = groups_of(m), each = RUN / m.group;
   if (rows <= FEW_INT8_ROWS) {
     memset(w.sums, 0, rows * SETS * PANEL * sizeof(float));

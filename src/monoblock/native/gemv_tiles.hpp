@@ -128,8 +128,9 @@ struct PairTile : BfloatTile<PairTile> {
 #if defined(__AVX512VNNI__)
 // Quantised weights with int8 inputs: one instruction (VPDPBUSD) multiplies 64 codes by 64 inputs and adds them in fours to
 // 16 integers. With x = q * q_scale in a group,
-//   sum(w x) = scale * q_scale * sum((code - middle) * q) + low * q_scale * sum(q),
-// where the middle is 128 in INT8, and in INT4 8 if the matrix has no `low`, else 0; `low` is the weight of that code.
+//   sum(w x) = scale * q_scale * (sum(code * q) - zero * sum(q)) + low * q_scale * sum(q),
+// where zero is the group's zero point, or without zero points 128 in INT8, and in INT4 8 if the matrix has no `low`, else 0; `low`
+// is the weight of that code.
 //
 // The integer sum of a group is exact. Groups are added to four sums, group g to sum g % 4, and the four in pairs at the end.
 // gemm_int8.hpp adds in the same order: a row's result has the same bits for any number of rows.
@@ -137,6 +138,7 @@ template <int32_t CODES>
 struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
   static constexpr int SETS = 4;  // groups of a row whose sums are found together
+  enum Kind { NEITHER, LOWS, POINTS };  // what `low` of the matrix has: nothing, lows or zero points
 
   template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
@@ -154,17 +156,19 @@ struct CodeTile {
                             float (&out)[R][T]) {
     const int64_t groups = p.padded / GROUP;
     const TileScales<R, GROUP> stored(m, output, gap);
+    const int kind = stored.has_lows() ? LOWS : stored.has_zero_points() ? POINTS : NEITHER;
     Floats sums[T] = {};  // lane 4 * r + g % 4 belongs to row r of the weights
+    Floats scales[LANES / SETS], lows[LANES / SETS];  // of SETS groups of the rows; zero points as the bits of integers
     for (int64_t first = 0; first < groups; first += LANES) {
       const int count = groups - first < LANES ? int(groups - first) : LANES;
-      Floats scales[LANES / SETS], lows[LANES / SETS];  // of SETS groups of the rows
-      read_scales<R>(m, stored, first, count, scales, lows);
+      read_scales<R>(stored, first, count, scales, lows);
       int i = 0;
       for (; i + SETS <= count; i += SETS)
-        add_groups<HINT, R, T, GROUP, true>(m, p, output, gap, row, ahead, first + i, SETS, scales[i / SETS], lows[i / SETS], sums);
+        add_groups<HINT, R, T, GROUP, true>(m, p, output, gap, row, ahead, first + i, SETS, scales[i / SETS], lows[i / SETS], kind,
+                                            sums);
       if (GROUP >= 64 && i < count)
         add_groups<HINT, R, T, GROUP, false>(m, p, output, gap, row, ahead, first + i, count - i, scales[i / SETS],
-                                             lows[i / SETS], sums);
+                                             lows[i / SETS], kind, sums);
     }
     UNROLL for (int t = 0; t < T; ++t) {
       const Floats pairs = sums[t] + (Floats)_mm512_permute_ps((__m512)sums[t], 0x4e);
@@ -176,51 +180,56 @@ struct CodeTile {
   // sums += the products of the groups [g, g + count); WHOLE: count is SETS.
   template <Hint HINT, int R, int T, int GROUP, bool WHOLE>
   static INLINE void add_groups(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row, int64_t ahead,
-                                int64_t g, int count, Floats scale, Floats low, Floats (&sums)[T]) {
+                                int64_t g, int count, Floats scale, Floats low, int kind, Floats (&sums)[T]) {
     constexpr int VECTORS = SETS * GROUP / 64, TOKENS = T < 2 ? T : 2;
     const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2;
     const uint8_t* w = (const uint8_t*)m.data + output * bytes;
     const Stored<HINT> stored = {w, gap * bytes, g * GROUP / 64, ahead};
     if constexpr (FORMAT == INT8 || T == 1) {
-      add_rows<R, TOKENS, GROUP, WHOLE>(stored, m, p, row, g, count, scale, low, sums);
+      add_rows<R, TOKENS, GROUP, WHOLE>(stored, p, row, g, count, scale, low, kind, sums);
       if constexpr (T > 2) {
         const Stored<HINT, false> again = {w, gap * bytes, g * GROUP / 64, ahead};
-        add_rest<R, T, TOKENS, GROUP, WHOLE>(again, m, p, row, g, count, scale, low, sums);
+        add_rest<R, T, TOKENS, GROUP, WHOLE>(again, p, row, g, count, scale, low, kind, sums);
       }
     } else {
       alignas(64) uint8_t unpacked[R * VECTORS * 64];
       UNROLL for (int r = 0; r < R; ++r)
         UNROLL for (int i = 0; i < VECTORS; ++i)
           if (WHOLE || i < count * GROUP / 64) _mm512_store_si512(unpacked + (r * VECTORS + i) * 64, stored.at(r, i));
-      add_rest<R, T, 0, GROUP, WHOLE>(Unpacked<VECTORS>{unpacked}, m, p, row, g, count, scale, low, sums);
+      add_rest<R, T, 0, GROUP, WHOLE>(Unpacked<VECTORS>{unpacked}, p, row, g, count, scale, low, kind, sums);
     }
   }
 
   // `add_rows` for the rows of inputs from BEGIN on, two at a time.
   template <int R, int T, int BEGIN, int GROUP, bool WHOLE, class Codes>
-  static INLINE void add_rest(const Codes& codes, const Matrix& m, const Prepared& p, int row, int64_t g, int count,
-                              Floats scale, Floats low, Floats (&sums)[T]) {
+  static INLINE void add_rest(const Codes& codes, const Prepared& p, int row, int64_t g, int count, Floats scale, Floats low,
+                              int kind, Floats (&sums)[T]) {
     if constexpr (BEGIN + 2 <= T) {
-      add_rows<R, 2, GROUP, WHOLE>(codes, m, p, row + BEGIN, g, count, scale, low, sums + BEGIN);
-      add_rest<R, T, BEGIN + 2, GROUP, WHOLE>(codes, m, p, row, g, count, scale, low, sums);
+      add_rows<R, 2, GROUP, WHOLE>(codes, p, row + BEGIN, g, count, scale, low, kind, sums + BEGIN);
+      add_rest<R, T, BEGIN + 2, GROUP, WHOLE>(codes, p, row, g, count, scale, low, kind, sums);
     } else if constexpr (BEGIN < T) {
-      add_rows<R, 1, GROUP, WHOLE>(codes, m, p, row + BEGIN, g, count, scale, low, sums + BEGIN);
+      add_rows<R, 1, GROUP, WHOLE>(codes, p, row + BEGIN, g, count, scale, low, kind, sums + BEGIN);
     }
   }
 
-  // sums += the products of R rows of codes and T rows of inputs.
+  // sums += the products of R rows of codes and T rows of inputs. `low`: lows or zero points, by `kind`.
   template <int R, int T, int GROUP, bool WHOLE, class Codes>
-  static INLINE void add_rows(const Codes& codes, const Matrix& m, const Prepared& p, int row, int64_t g, int count,
-                              Floats scale, Floats low, Floats* sums) {
+  static INLINE void add_rows(const Codes& codes, const Prepared& p, int row, int64_t g, int count, Floats scale, Floats low,
+                              int kind, Floats* sums) {
     Ints dots[T];
     integer_sums<R, T, GROUP, WHOLE>(codes, p.q + row * p.padded + g * GROUP, p.padded, count, dots);
     UNROLL for (int t = 0; t < T; ++t) {
       const int64_t own = (row + t) * p.blocks + g;
-      if (FORMAT == INT8 || !m.low)  // less the middle times the sum of the inputs
-        dots[t] -= (Ints)_mm512_broadcast_i32x4(load<__m128i>(p.q_total + own)) << (FORMAT == INT8 ? 7 : 3);
+      if (FORMAT == INT8 || kind != LOWS) {  // less the zero point, or the middle, times the sum of the inputs
+        const Ints total = (Ints)_mm512_broadcast_i32x4(load<__m128i>(p.q_total + own));
+        if (kind == POINTS)  // both factors fit in 16 bits
+          dots[t] -= (Ints)_mm512_madd_epi16((__m512i)total, (__m512i)low);
+        else
+          dots[t] -= total << (FORMAT == INT8 ? 7 : 3);
+      }
       const Floats factor = scale * (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p.q_scale + own));
       sums[t] = fused(__builtin_convertvector(dots[t], Floats), factor, sums[t]);
-      if (m.low) sums[t] = fused(low, (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p.q_sum + own)), sums[t]);
+      if (kind == LOWS) sums[t] = fused(low, (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p.q_sum + own)), sums[t]);
     }
   }
 
@@ -361,16 +370,30 @@ struct CodeTile {
   template <int PARTS>
   static INLINE Ints pick(Ints a, Ints b) { return (Ints)_mm512_shuffle_i64x2((__m512i)a, (__m512i)b, PARTS); }
 
-  // The scales of up to LANES groups of R rows, and what their middle codes stand for: SETS groups of all rows to a vector.
+  // The scales of up to LANES groups of R rows, and their lows or zero points, if any: SETS groups of all rows to a vector. Not inlined:
+  // as fast, and with some hundred register tiles a quarter of the library.
   template <int R, class Scales>
-  static INLINE void read_scales(const Matrix& m, const Scales& stored, int64_t first, int count, Floats (&scales)[SETS],
+  static __attribute__((noinline)) void read_scales(const Scales& stored, int64_t first, int count, Floats (&scales)[SETS],
                                  Floats (&lows)[SETS]) {
     Floats scale[SETS] = {}, low[SETS] = {};
-    stored.read(first, count, [&](int r, Floats own, Floats own_low) {
-      scale[r] = own, low[r] = FORMAT == INT8 ? own_low + own * 128.0f : own_low;
-    });
+    stored.scales(first, count, [&](int r, Floats own) { scale[r] = own; });
     transpose_parts(scale, scales);
-    if (m.low) transpose_parts(low, lows);
+    if (stored.has_lows()) {
+      stored.lows(first, count, [&](int r, Floats own) { low[r] = FORMAT == INT8 ? own + scale[r] * 128.0f : own; });
+      transpose_parts(low, lows);
+    } else if (stored.has_zero_points()) {
+      __m128i rows[SETS];
+      UNROLL for (int r = 0; r < SETS; ++r) rows[r] = stored.zeros(r % R, first, count);
+      expand_zeros(rows, lows);
+    }
+  }
+
+  // Bytes of four rows as integers: in part r of to[b] the bytes 4 b to 4 b + 3 of rows[r].
+  static INLINE void expand_zeros(const __m128i (&rows)[SETS], Floats (&to)[SETS]) {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi32(int(0x80808000), int(0x80808001), int(0x80808002), int(0x80808003)));
+    const __m512i all = _mm512_loadu_si512(rows);
+    UNROLL for (int b = 0; b < SETS; ++b)
+      to[b] = (Floats)_mm512_shuffle_epi8(all, _mm512_add_epi32(bytes, _mm512_set1_epi32(SETS * b)));
   }
 
   // to[b], part r: part b of rows[r].
@@ -419,7 +442,7 @@ struct CodeTile {
       int shift = FORMAT == INT8 ? 0 : start % RUN / BLOCK * 4;
       for (int r = 0; r < R; ++r) {
         prefetch_ahead<HINT>(w + r * gap * bytes + at, ahead);
-        const float scale = stored[r].scale(group), low = stored[r].low(group);
+        const float scale = stored[r].scale(group), low = stored[r].low(group, scale);
         Floats part[T] = {};
         for (int k = 0; k < PART; k += LANES) {
           Words codes = widen(load<Bytes>(w + r * gap * bytes + at + k));

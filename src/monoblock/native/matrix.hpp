@@ -15,19 +15,20 @@ enum Format : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, LOSSLESS = 4 };
 
 // W is (outputs, inputs), row-major. In the quantised formats and LOSSLESS a row is padded to a multiple of 128 inputs
 // ("padded"). Each group of 16, 32, 64 or 128 weights of a row has a number of `scale` and of `low`, stored as scales.hpp
-// describes; value = scale * code + low, and without `low` scale * (code - zero), where zero is 128 in INT8 and 8 in INT4.
+// describes; value = scale * code + low, and without `low` scale * (code - zero), where zero is 128 in INT8 and 8 in INT4. `low`
+// may hold the zeros of the groups in place of lows.
 //   INT8: one byte per weight.
 //   INT4: 64 bytes per run of 128 weights, byte j = code[j] | code[j + 64] << 4.
 //   LOSSLESS: bf16 in 12 bits, without scales; see lossless.hpp.
 struct Matrix {
   const void* data;
   const void* scale;  // INT8 and INT4, else null
-  const void* low;    // null where one code stands for 0 in all groups
+  const void* low;    // lows or zero points; null where one code stands for 0 in all groups
   const void* bias;       // (outputs,) or null
   int64_t outputs, inputs;
   int32_t format, group;
   int32_t bias_format;   // F32 or BF16
-  int32_t scale_format;  // a ScaleFormat, of scale and low
+  int32_t scale_format;  // a ScaleFormat, of scale and low; ZERO_POINTS added if `low` holds those
 };
 
 constexpr int RUN = 128;   // rows of quantised formats are padded to a multiple of this many inputs

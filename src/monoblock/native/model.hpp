@@ -160,7 +160,7 @@ inline void add_row(const Matrix& m, int64_t index, float* y) {
     const int64_t group = i / m.group;
     const int code = m.format == INT8 ? codes[i] : codes[i / RUN * BLOCK + i % BLOCK] >> (i % RUN / BLOCK * 4) & 15;
     const float scale = stored.scale(group);
-    y[i] += m.low ? scale * code + stored.low(group) : scale * (code - zero_of(m));
+    y[i] += stored.has_lows() ? scale * code + stored.low(group, scale) : scale * (code - stored.zero(group));
   }
 }
 

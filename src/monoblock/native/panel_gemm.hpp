@@ -194,8 +194,9 @@ inline void pack_words(const Matrix& m, int64_t first, int64_t k, int64_t count,
       const int16_t zero = m.low ? 0 : zero_of(m);
       for (int64_t g = k / m.group, i = 0; i < count; ++g, i += m.group) {
         const int64_t at = i / m.group * PANEL_OUTPUTS + side + r;
-        scratch.scales[at] = stored.scale(g);
-        scratch.lows[at] = m.low ? stored.low(g) : 0.0f;
+        const float scale = stored.scale(g);
+        scratch.scales[at] = scale;
+        scratch.lows[at] = m.low ? stored.low(g, scale) : 0.0f;
       }
       for (int64_t start = k; start < k + count; start += BLOCK) {
         const uint8_t* block = m.format == INT8 ? codes + start : codes + start / RUN * BLOCK;

@@ -4,21 +4,27 @@
 //   HALF, FLOAT  a number per group, (outputs, groups)
 //   TWO_LEVEL    of each row first an int8 factor per group, then an fp16 number per super-block of 256 weights; the value of a
 //                group is their product, which float32 holds exactly (11 by 8 bits)
+// With ZERO_POINTS, `low` holds instead the code of 0 of each group, a byte, (outputs, groups): the low is -scale * zero.
 #pragma once
 
 namespace matrices {
 
 enum ScaleFormat : int32_t { HALF = 0, FLOAT = 1, TWO_LEVEL = 2 };
+constexpr int32_t ZERO_POINTS = 4;  // added to HALF or FLOAT
 
 constexpr int SUPER_BLOCK = 256;  // weights that share an fp16 number in TWO_LEVEL
 
+INLINE ScaleFormat scales_of(const Matrix& m) { return ScaleFormat(m.scale_format & (ZERO_POINTS - 1)); }
+INLINE bool has_zero_points(const Matrix& m) { return m.scale_format & ZERO_POINTS; }
+INLINE bool has_lows(const Matrix& m) { return m.low && !has_zero_points(m); }
+
 INLINE int64_t groups_of(const Matrix& m) { return round_up(m.inputs, RUN) / m.group; }
 
-// Bytes of a row's scales, or lows.
+// Bytes of a row's scales, or lows that are no zero points.
 INLINE int64_t scale_bytes(const Matrix& m) {
   const int64_t groups = groups_of(m);
-  if (m.scale_format == TWO_LEVEL) return groups + round_up(m.inputs, RUN) / SUPER_BLOCK * 2;
-  return groups * (m.scale_format == FLOAT ? 4 : 2);
+  if (scales_of(m) == TWO_LEVEL) return groups + round_up(m.inputs, RUN) / SUPER_BLOCK * 2;
+  return groups * (scales_of(m) == FLOAT ? 4 : 2);
 }
 
 // The code of 0 in the formats without `low`.
@@ -28,28 +34,37 @@ INLINE int zero_of(const Matrix& m) { return m.format == INT8 ? 128 : 8; }
 class RowScales {
  public:
   RowScales() = default;
-  RowScales(const Matrix& m, int64_t output)
-      : stored(ScaleFormat(m.scale_format)), zero(zero_of(m)), groups(groups_of(m)), each(SUPER_BLOCK / m.group) {
-    const int64_t bytes = scale_bytes(m);
-    scales = (const char*)m.scale + output * bytes, lows = m.low ? (const char*)m.low + output * bytes : nullptr;
+  // Not inlined: there are many register tiles, each of which reads several rows.
+  __attribute__((noinline)) RowScales(const Matrix& m, int64_t output)
+      : stored(scales_of(m)), constant(zero_of(m)), groups(groups_of(m)), each(SUPER_BLOCK / m.group) {
+    scales = (const char*)m.scale + output * scale_bytes(m);
+    if (matrices::has_lows(m)) lows = (const char*)m.low + output * scale_bytes(m);
+    if (has_zero_points(m)) zeros = (const uint8_t*)m.low + output * groups;
   }
 
-  // The scale of a group, and what is added to its products of scale and code.
+  // The scale of a group, and what is added to its products of this scale and the codes.
   INLINE float scale(int64_t group) const { return value(scales, group); }
-  INLINE float low(int64_t group) const { return lows ? value(lows, group) : -zero * value(scales, group); }
+  INLINE float low(int64_t group, float scale) const { return lows ? value(lows, group) : -zero(group) * scale; }
+
+  // Whether lows are stored; if not, a weight is scale * (code - zero(group)).
+  INLINE bool has_lows() const { return lows; }
+  INLINE float zero(int64_t group) const { return zeros ? zeros[group] : constant; }
 
   // Calls `use(group, scale, low)` for all groups.
   template <class F>
   INLINE void for_each(F use) const {
     if (stored != TWO_LEVEL) {
-      for (int64_t g = 0; g < groups; ++g) use(g, scale(g), low(g));
+      for (int64_t g = 0; g < groups; ++g) {
+        const float own_scale = scale(g);
+        use(g, own_scale, low(g, own_scale));
+      }
       return;
     }
     for (int64_t first = 0; first < groups; first += each) {  // a super-block's number is converted once
       const float of_scales = number(scales, first), of_lows = lows ? number(lows, first) : 0;
       for (int64_t g = first; g < first + each; ++g) {
         const float scale = of_scales * factor(scales, g);
-        use(g, scale, lows ? of_lows * factor(lows, g) : -zero * scale);
+        use(g, scale, lows ? of_lows * factor(lows, g) : -zero(g) * scale);
       }
     }
   }
@@ -64,9 +79,10 @@ class RowScales {
   INLINE float number(const char* row, int64_t group) const { return from_half(load<uint16_t>(row + groups + group / each * 2)); }
   INLINE float factor(const char* row, int64_t group) const { return ((const int8_t*)row)[group]; }
 
-  const char *scales, *lows;
+  const char *scales, *lows = nullptr;
+  const uint8_t* zeros = nullptr;
   ScaleFormat stored;
-  int zero;
+  int constant;  // the code of 0 of all groups
   int64_t groups;
   int each;  // groups of a super-block
 };
@@ -114,49 +130,67 @@ INLINE Floats stored_scales(const char* row, int64_t groups, int64_t group, int6
 #endif
 }
 
-// The scales and lows of R rows of weights, `gap` apart, at the same groups.
+// The scales and lows, or zero points, of R rows of weights, `gap` apart, at the same groups.
 template <int R, int GROUP>
 class TileScales {
  public:
   TileScales(const Matrix& m, int64_t output, int64_t gap)
-      : groups(round_up(m.inputs, RUN) / GROUP), stored(ScaleFormat(m.scale_format)), zero(zero_of(m)) {
-    const int64_t bytes = scale_bytes(m);
-    scales = (const char*)m.scale + output * bytes, lows = m.low ? (const char*)m.low + output * bytes : nullptr;
-    apart = gap * bytes;
+      : groups(round_up(m.inputs, RUN) / GROUP), stored(scales_of(m)), points(matrices::has_zero_points(m)) {
+    const int64_t bytes = scale_bytes(m), low_bytes = points ? groups : bytes;
+    scale_rows = (const char*)m.scale + output * bytes, low_rows = m.low ? (const char*)m.low + output * low_bytes : nullptr;
+    apart = gap * bytes, lows_apart = gap * low_bytes;
   }
 
-  // Calls `use(r, scale, low)` with the numbers of the groups [group, group + count), at most LANES.
+  INLINE bool has_lows() const { return low_rows && !points; }
+  INLINE bool has_zero_points() const { return points; }
+
+  // Calls `use(r, scale)` with the scales of the groups [group, group + count), at most LANES; `lows` likewise, if there are any.
   template <class F>
-  INLINE void read(int64_t group, int64_t count, F use) const {
-    switch (stored) {
-      case HALF: return read_as<HALF>(group, count, use);
-      case FLOAT: return read_as<FLOAT>(group, count, use);
-      case TWO_LEVEL:
-        if constexpr (GROUP <= 32) read_as<TWO_LEVEL>(group, count, use);
-    }
+  INLINE void scales(int64_t group, int64_t count, F use) const {
+    read<true>(scale_rows, apart, group, count, use);
   }
+  template <class F>
+  INLINE void lows(int64_t group, int64_t count, F use) const {
+    // With large groups a third prefetched stream for each row of weights costs more than it saves: 5% of int4.
+    read<GROUP <= 32>(low_rows, lows_apart, group, count, use);
+  }
+
+  // The zero points of row r, of the same groups: the first bytes, or as numbers.
+#if defined(__AVX512VNNI__)
+  INLINE __m128i zeros(int r, int64_t group, int64_t count) const {
+    const __mmask16 mask = count >= LANES ? 0xffff : (1u << count) - 1;
+    return _mm_maskz_loadu_epi8(mask, low_rows + r * lows_apart + group);
+  }
+#else
+  INLINE Floats zeros(int r, int64_t group, int64_t count) const {
+    const uint8_t* at = (const uint8_t*)low_rows + r * lows_apart + group;
+    if (count >= LANES) return __builtin_convertvector((Ints)widen(load<Bytes>(at)), Floats);
+    float some[LANES] = {};
+    for (int i = 0; i < count && i < LANES; ++i) some[i] = at[i];
+    return load<Floats>(some);
+  }
+#endif
 
  private:
-  template <ScaleFormat STORED, class F>
-  INLINE void read_as(int64_t group, int64_t count, F use) const {
-    if (lows) {
-      // With large groups a third prefetched stream for each row of weights costs more than it saves: 5% of int4.
-      constexpr bool AHEAD = GROUP <= 32;
-      UNROLL for (int r = 0; r < R; ++r)
-        use(r, stored_scales<GROUP, STORED, true>(scales + r * apart, groups, group, count),
-            stored_scales<GROUP, STORED, AHEAD>(lows + r * apart, groups, group, count));
-    } else {
-      UNROLL for (int r = 0; r < R; ++r) {
-        const Floats scale = stored_scales<GROUP, STORED, true>(scales + r * apart, groups, group, count);
-        use(r, scale, scale * float(-zero));
-      }
+  template <bool AHEAD, class F>
+  INLINE void read(const char* rows, int64_t step, int64_t group, int64_t count, F use) const {
+    switch (stored) {
+      case HALF: return read_as<HALF, AHEAD>(rows, step, group, count, use);
+      case FLOAT: return read_as<FLOAT, AHEAD>(rows, step, group, count, use);
+      case TWO_LEVEL:
+        if constexpr (GROUP <= 32) read_as<TWO_LEVEL, AHEAD>(rows, step, group, count, use);
     }
   }
 
-  const char *scales, *lows;
-  int64_t apart, groups;
+  template <ScaleFormat STORED, bool AHEAD, class F>
+  INLINE void read_as(const char* rows, int64_t step, int64_t group, int64_t count, F use) const {
+    UNROLL for (int r = 0; r < R; ++r) use(r, stored_scales<GROUP, STORED, AHEAD>(rows + r * step, groups, group, count));
+  }
+
+  const char *scale_rows, *low_rows;
+  int64_t apart, lows_apart, groups;
   ScaleFormat stored;
-  int zero;
+  bool points;
 };
 #endif
 

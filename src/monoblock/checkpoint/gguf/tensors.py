@@ -253,7 +253,7 @@ def _components(tensor: GgufTensor, form: PackedForm, part: str) -> Iterator[tup
             number = np.ascontiguousarray(values.number.reshape(count, -1))
             yield rows, np.concatenate((factors.view(np.uint8), number.view(np.uint8)), axis=1)
         else:
-            yield rows, pack_groups(values.reshape(count, -1), block.group, inputs, form)
+            yield rows, pack_groups(values.reshape(count, -1), block.group, inputs, form, part)
 
 
 def _numbers(made: Array, tensor: GgufTensor, form: PackedForm) -> Array:

@@ -135,7 +135,7 @@ def native_matrix(weight: Tensor | QuantizedTensor, bias: Tensor | None) -> Matr
             QUANTIZED[bits],
             group,
             bias_format,
-            0 if scale is None else SCALE_FORMATS[scale.dtype],
+            0 if scale is None else SCALE_FORMATS[scale.dtype] + native.abi.ZERO_POINTS * weight.zero_points,
         )
     outputs, inputs = weight.shape
     return Matrix(

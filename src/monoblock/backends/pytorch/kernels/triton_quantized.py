@@ -34,11 +34,12 @@ def _kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     LOW: tl.constexpr,
+    ZEROS: tl.constexpr,
     BIAS: tl.constexpr,
     N: tl.constexpr,
 ):
     """y (rows, outputs) = x (rows, inputs) @ weights.T + bias, for N outputs. The codes of a group are
-    multiplied as integers; scale and low are applied afterwards, in float32."""
+    multiplied as integers; scale and low are applied afterwards, in float32. ZEROS: low has the codes of 0."""
     m = tl.arange(0, ROWS)
     n = tl.program_id(0) * N + tl.arange(0, N)
     k = tl.arange(0, HALF)
@@ -68,7 +69,9 @@ def _kernel(
             part = tl.dot(x, tl.trans(codes.to(x.dtype)), input_precision="ieee")
             total += part * scale[None, :]
             if LOW:
-                low = tl.load(low_ptr + group, mask=real_n, other=0.0).to(tl.float32)
+                low = tl.load(low_ptr + group, mask=real_n, other=0).to(tl.float32)
+                if ZEROS:
+                    low = -scale * low
                 total += tl.sum(x.to(tl.float32), axis=1)[:, None] * low[None, :]
     if BIAS:
         total += tl.load(bias_ptr + n, mask=real_n, other=0.0).to(tl.float32)[None, :]
@@ -97,6 +100,7 @@ def few_rows(x_rk: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tens
         BITS=bits,
         GROUP=group,
         LOW=low is not None,
+        ZEROS=matrix.zero_points,
         BIAS=bias is not None,
         N=OUTPUTS,
         num_warps=4,

@@ -22,7 +22,7 @@ from monoblock.checkpoint.bnb_tensors import FourBitTensors
 from monoblock.checkpoint.dense_tensors import Float8Tensors
 from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
 from monoblock.checkpoint.matching import LoadReport, match_tensors
-from monoblock.checkpoint.packed import TWO_LEVEL
+from monoblock.checkpoint.packed import TWO_LEVEL, ZERO_POINTS
 from monoblock.checkpoint.quantized_view import QuantizedView
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
@@ -153,6 +153,11 @@ def _dtype(tensors: Tensors, source: TensorSource, part: str) -> torch.dtype:
     kinds = {tensors.dtype(name) for name in source.names}
     if len(kinds) == 1 and (kind := kinds.pop()) in formats.SCALES:
         return formats.SCALES[kind]
+    if ZERO_POINTS in kinds:
+        raise CheckpointError(
+            f"{', '.join(source.names)} in {tensors.path(source.names[0]).name} are one matrix of the model, but only "
+            f"some have a {part} of {ZERO_POINTS}"
+        )
     return torch.float32 if "F32" in kinds else formats.DTYPES[part]
 
 

@@ -6,11 +6,13 @@ A matrix (outputs, inputs) is quantised along its inputs, which are padded to a 
              or also low (as scale);                                                   weight = scale * code + low
     4 bits   codes uint8 (outputs, padded / 2); scale and low (as above);              weight = scale * code + low
              or only scale;                                                            weight = scale * (code - 8)
+    either   low uint8 beside scale fp16 or float32: zero points;                      weight = scale * (code - low)
     12 bits  codes uint8 (outputs, bytes of a row), nothing else: lossless bfloat16; see bf12.py
 
 `pack` gives fp16 scales for groups of 64 or 128, and in 4 bits a low. Matrices that other tools quantised also have
-groups of 16 or 32, 8 bits with a low and 4 bits without, and scale and low in float32 or, as uint8, in two levels
-(checkpoint/packed.py), as far as their numbers need it. The tensors' shapes tell the bits and the group.
+groups of 16 or 32, 8 bits with a low and 4 bits without, zero points in place of lows, and scale and low in float32 or,
+both as uint8, in two levels (checkpoint/packed.py), as far as their numbers need it. The tensors' shapes tell the bits
+and the group.
 
 In 4 bits, byte j of each run of 128 weights holds the codes of weights j (low nibble) and j + 64 (high nibble). Rows
 are independent, so that quantised matrices can be concatenated and split by rows.
@@ -35,7 +37,7 @@ BITS = (8, 4)  # with scales
 MIDDLE = ZEROS[8]
 # The tensors of a quantised matrix, in the order in which a QuantizedTensor has them, with the dtypes of `pack`.
 DTYPES = {"codes": torch.uint8, "scale": torch.float16, "low": torch.float16}
-# The dtypes that scale and low may have, by safetensors' names; uint8: two levels.
+# The dtypes that scale and low may have, by safetensors' names; uint8: two levels, or zero points.
 SCALES = {"F16": torch.float16, "F32": torch.float32, TWO_LEVEL: torch.uint8}
 
 # Rows are quantised and dequantised in chunks of about this many weights, which stay in a core's cache.
@@ -75,6 +77,12 @@ class QuantizedTensor(NamedTuple):
         return self.codes.shape[0]
 
     @property
+    def zero_points(self) -> bool:
+        """Whether `low` has the codes of 0 of the groups."""
+        low, scale = self.low, self.scale
+        return low is not None and scale is not None and low.dtype == torch.uint8 != scale.dtype
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
@@ -106,15 +114,16 @@ class QuantizedTensor(NamedTuple):
             runs = codes.unflatten(1, (-1, RUN // 2))
             codes = torch.cat((runs & 15, runs >> 4), dim=-1).flatten(1)
         grouped = codes.float().unflatten(1, (-1, group))
-        if low is None:
-            weights = (grouped - ZEROS[bits]) * _values(scale, group)[..., None]
+        if low is None or self.zero_points:
+            zero = ZEROS[bits] if low is None else low.float()[..., None]
+            weights = (grouped - zero) * _values(scale, group)[..., None]
         else:
             weights = grouped * _values(scale, group)[..., None] + _values(low, group)[..., None]
         return weights.flatten(1)[:, :columns].to(dtype)
 
 
 def _values(stored: Tensor, group: int) -> Tensor:
-    """The values of scales or lows as float32 (rows, groups)."""
+    """The values of scales, or of lows that are no zero points, as float32 (rows, groups)."""
     if stored.dtype != SCALES[TWO_LEVEL]:
         return stored.float()
     blocks = stored.shape[1] // (SUPER_BLOCK // group + 2)
@@ -128,8 +137,8 @@ def _values(stored: Tensor, group: int) -> Tensor:
 def shapes(
     bits: int, group: int, outputs: int, inputs: int, low: bool | None = None, two_level: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """The shapes of a quantised matrix's tensors, by name; `low`: whether it has one (None: in 4 bits); `two_level`:
-    whether its scales have two levels."""
+    """The shapes of a quantised matrix's tensors, by name; `low`: whether it has one, or zero points (None: in 4
+    bits); `two_level`: whether its scales have two levels."""
     if bits == LOSSLESS:
         return {"codes": bf12.shape(outputs, inputs)}
     padded = -(-inputs // RUN) * RUN

@@ -14,8 +14,8 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 
 
 class QuantizedMatrix(nn.Module):
-    """Buffers `codes`, `scale` and `low` (None where the format has none) of a matrix (rows, columns) that is not
-    trained."""
+    """Buffers `codes`, `scale` and `low` (lows or zero points; None where the format has none) of a matrix (rows,
+    columns) that is not trained."""
 
     codes: Tensor
     scale: Tensor | None
@@ -50,9 +50,9 @@ class QuantizedMatrix(nn.Module):
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         """`.to(device)` moves all tensors; `.to(dtype)` does not convert scale and low, whose dtype is part of the
         format."""
-        halves = [self.scale, self.low]
+        stored = [self.scale, self.low]
         with torch.no_grad():
-            kept = [None if x is None else fn(x.view(torch.int16)).view(x.dtype) for x in halves]
+            kept = [None if x is None else fn(x.view(torch.uint8)).view(x.dtype) for x in stored]
         self.scale = self.low = None
         super()._apply(fn, recurse)
         self.scale, self.low = kept
