@@ -20,7 +20,7 @@ from torch import nn
 
 from monoblock import native
 from monoblock.backends.pytorch import input_rounding
-from monoblock.backends.pytorch.input_rounding import Roundings
+from monoblock.backends.pytorch.input_rounding import Roundings, large_channels
 from monoblock.backends.pytorch.packed_forward import obstacle, packed_states
 from monoblock.backends.pytorch.quantization import formats
 from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix, quantized_module
@@ -273,7 +273,7 @@ def usual_channels_error(module: Any, plain: Any) -> float:
 
 def test_large_channels_do_not_make_the_others_coarse(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group of 128 inputs whose largest is 40 times a usual one, which is at 3 of its deviations, has a 40 / 3 times
-    coarser step. The error falls by at least 4 without such channels in the groups, and by another part if activations
+    coarser step. The error falls by at least 10 without such channels in the groups, and by 1.4 if activations
     are rounded about the middle of their range: half a step, in one of the four products."""
     if kernels != "avx512_vnni_bf16":
         pytest.skip("inputs are not rounded to 8 bits")
@@ -283,8 +283,8 @@ def test_large_channels_do_not_make_the_others_coarse(kernels: str, monkeypatch:
         lopsided = usual_channels_error(*encoder_with_large_channels())
     monkeypatch.setattr(input_rounding, "wanted", lambda model: False)
     coarse = usual_channels_error(*encoder_with_large_channels())
-    assert 4 * error < coarse, (error, coarse)
-    assert 1.1 * error < lopsided, (error, lopsided)
+    assert 10 * error < coarse, (error, coarse)
+    assert 1.4 * error < lopsided, (error, lopsided)
 
 
 def without_middle(method: Any) -> Any:
@@ -294,6 +294,16 @@ def without_middle(method: Any) -> Any:
     return changed
 
 
+def test_which_channels_are_large() -> None:
+    """The largest of a group, two that are so together, none where others are as large; at most four."""
+    peaks = torch.ones(384)
+    peaks[[3, 7, 130]] = torch.tensor([50.0, 40.0, 45.0])
+    assert large_channels(peaks, 128).tolist() == [3, 7, 130]
+    assert large_channels(torch.linspace(1, 1.5, 384), 128).tolist() == []
+    assert large_channels(peaks.repeat(2), 128).tolist() == [130, 387, 391, 514]  # of six, the best four
+    assert len(large_channels(torch.arange(8).exp2() ** 2, 16)) == 4
+
+
 def test_large_channels_alone_and_in_a_batch(kernels: str) -> None:
     """The same bits, whatever the rows of a register tile and of a thread's share."""
     module, _ = encoder_with_large_channels()
@@ -301,23 +311,24 @@ def test_large_channels_alone_and_in_a_batch(kernels: str) -> None:
     together = packed_states(module, ids)
     assert together is not None, obstacle(module)
     for row, found in zip(ids, split(together, ids), strict=True):
-        assert np.array_equal(packed_states(module, [row]), found), (kernels, len(row))
+        alone = packed_states(module, [row])
+        assert alone is not None
+        assert np.array_equal(alone.numpy(), found), (kernels, len(row))
 
 
 def test_modified_weights_are_used(kernels: str) -> None:
-    """Also those that were copied for the large channels."""
-    module, _ = encoder_with_large_channels()
+    """Also those that were copied for the large channels: with 8 bits, negated codes are negated weights."""
+    (module, _), (fresh, _) = encoder_with_large_channels(), encoder_with_large_channels()
     ids = sequences(LENGTHS)
     before = packed_states(module, ids)
-    with torch.no_grad():
-        for part in module.modules():
+    for model in (module, fresh):
+        for part in model.modules():
             if isinstance(part, QuantizedMatrix):
-                part.codes.copy_(256 - part.codes.clamp(min=1).int())
-    after = packed_states(module, ids)
-    fresh = packed_states(copy.deepcopy(module), ids)
-    assert before is not None and after is not None and fresh is not None, (kernels, obstacle(module))
+                part.codes.copy_(256 - part.codes.int())  # none is 0
+    after, wanted = packed_states(module, ids), packed_states(fresh, ids)
+    assert before is not None and after is not None and wanted is not None, (kernels, obstacle(module))
     assert not torch.equal(before, after)
-    assert torch.equal(after, fresh)
+    assert torch.equal(after, wanted)
 
 
 # Heads with a multiple of 32 channels, for which the pass by AMX tiles is written.

@@ -25,8 +25,8 @@ from monoblock.native.abi import InputRounding, LayerWeights
 # The products of a layer, in the order of the library's peaks.
 PRODUCTS = ("qkv", "out", "up", "down")
 MOST_CHANNELS = 4  # multiplied in float32, of a product
-# Such channels are at least so many times as large as the median one.
-LEAST_RATIO = 3.0
+# Each of them reduces the expected square of the rounding errors by this share.
+LEAST_GAIN = 0.1
 # The random tokens: sequences, and tokens of each.
 SEQUENCES, LENGTH = 16, 32
 PANEL = 64  # outputs to which columns are padded
@@ -45,10 +45,27 @@ def random_tokens(vocab: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, vocab, (SEQUENCES, LENGTH)).tolist()
 
 
-def large_channels(peaks: Tensor) -> Tensor:
-    """The channels (int32, ascending) to multiply in float32, by the largest magnitude of each channel (inputs,)."""
-    values, channels = peaks.topk(min(MOST_CHANNELS, len(peaks)))
-    return channels[values > LEAST_RATIO * peaks.median()].sort().values.int()
+def large_channels(peaks: Tensor, group: int) -> Tensor:
+    """The channels (int32, ascending) to multiply in float32, by the largest magnitude of each channel (inputs,).
+
+    The error of a group's rounding is as its largest magnitude; the sum of the squares of all groups counts. In turn,
+    the channels of the group are taken that reduce it most per channel, as long as one reduces it by LEAST_GAIN."""
+    grouped = torch.nn.functional.pad(peaks, (0, -len(peaks) % group)).unflatten(0, (-1, group))
+    values, order = (x[:, : MOST_CHANNELS + 1] for x in grouped.sort(dim=1, descending=True))
+    squares = (values.double() ** 2).tolist()
+    taken = [0] * len(squares)  # of each group
+
+    def gain(g: int, count: int) -> float:
+        """How much the sum falls per channel, of the next `count` channels of a group."""
+        return (squares[g][taken[g]] - squares[g][taken[g] + count]) / count
+
+    while (left := MOST_CHANNELS - sum(taken)) > 0:
+        best = max((gain(g, count), g, count) for g in range(len(taken)) for count in range(1, left + 1))
+        if best[0] <= LEAST_GAIN * sum(own[n] for own, n in zip(squares, taken, strict=True)):
+            break
+        taken[best[1]] += best[2]
+    chosen = [g * group + int(i) for g, n in enumerate(taken) for i in order[g, :n]]
+    return torch.tensor(sorted(chosen), dtype=torch.int32)
 
 
 class Roundings:
@@ -66,7 +83,7 @@ class Roundings:
             return
         weight_oi = torch.cat([module.dequantize() for module in modules])
         how = InputRounding()
-        channels = large_channels(peaks)
+        channels = large_channels(peaks, modules[0].group)
         if len(channels):
             columns = weight_oi[:, channels.long()].T
             columns = torch.nn.functional.pad(columns, (0, -len(weight_oi) % PANEL)).contiguous()

@@ -115,7 +115,7 @@ def _run(
     if relative is not None:
         call.relative, call.relative_stride = relative.data_ptr(), relative.shape[1]
         call.relative_center = int(np.diff(starts).max())
-    run = native.library().mb_forward
+    run: Any = native.library().mb_forward
     scratch = _scratch(0)
     call.scratch, call.scratch_bytes = scratch.data_ptr(), scratch.numel()
     while (answer := run(held.struct, call)) > 0:
