@@ -4,6 +4,7 @@ others; what the library refuses."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from tiny_families import CLASSES, KIND, MODEL_TYPES, VOCAB, fields, model_input
 from torch import nn
 
 from monoblock import native
+from monoblock.backends.pytorch import input_rounding
+from monoblock.backends.pytorch.input_rounding import Roundings, large_channels
 from monoblock.backends.pytorch.packed_forward import obstacle, packed_states
 from monoblock.backends.pytorch.quantization import formats
-from monoblock.backends.pytorch.quantization.modules import quantized_module
+from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix, quantized_module
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.status()}")
 
@@ -229,6 +232,103 @@ def test_bfloat16_weights(kernels: str, name: str) -> None:
     bound = PAIRS if kernels in native.BF16_DOT_PRODUCTS else 1e-5
     for found, wanted in zip(split(states, ids), modules_states(plain, ids), strict=True):
         assert relative(found, wanted) < bound, kernels
+
+
+# ---------------------------------------------------------------------------- inputs in 8 bits
+
+LARGE = (5, 77, 200)  # channels
+
+
+def encoder_with_large_channels() -> tuple[Any, Any]:
+    """An encoder in 8 bits whose norms make three channels 40 times as large as the others, with an MLP whose
+    activations are mostly of one sign; and the same with the dequantised weights."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 384, "num_hidden_layers": 2}
+    plain = monoblock_model("MPNetModel", **{**fields("mpnet"), **sizes})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, part in plain.named_modules():
+            if isinstance(part, nn.LayerNorm):
+                part.weight[list(LARGE)] = 40.0
+            elif isinstance(part, nn.Linear):
+                part.weight.normal_(std=part.in_features**-0.5, generator=generator)
+                if part.in_features == 256 and not name.endswith("attn.o"):  # inputs are those of a norm
+                    part.weight[:, list(LARGE)] /= 40.0
+                if "intermediate" in name:
+                    part.weight *= 3
+    module = quantized(copy.deepcopy(plain), 8)
+    for path, part in module.named_modules():
+        if hasattr(part, "quantized"):
+            plain.get_submodule(path).weight.data = part.dequantize()
+    return module, plain
+
+
+def usual_channels_error(module: Any, plain: Any) -> float:
+    """The relative error of the channels that are not large."""
+    ids = sequences(LENGTHS)
+    states = packed_states(module, ids)
+    assert states is not None, obstacle(module)
+    usual = [channel for channel in range(states.shape[1]) if channel not in LARGE]
+    return relative(states.numpy()[:, usual], np.concatenate(modules_states(plain, ids))[:, usual])
+
+
+def test_large_channels_do_not_make_the_others_coarse(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of 128 inputs whose largest is 40 times a usual one, which is at 3 of its deviations, has a 40 / 3 times
+    coarser step. The error falls by at least 10 without such channels in the groups, and by 1.4 if activations
+    are rounded about the middle of their range: half a step, in one of the four products."""
+    if kernels != "avx512_vnni_bf16":
+        pytest.skip("inputs are not rounded to 8 bits")
+    error = usual_channels_error(*encoder_with_large_channels())
+    with monkeypatch.context() as patch:
+        patch.setattr(Roundings, "set", without_middle(Roundings.set))
+        lopsided = usual_channels_error(*encoder_with_large_channels())
+    monkeypatch.setattr(input_rounding, "wanted", lambda model: False)
+    coarse = usual_channels_error(*encoder_with_large_channels())
+    assert 10 * error < coarse, (error, coarse)
+    assert 1.4 * error < lopsided, (error, lopsided)
+
+
+def without_middle(method: Any) -> Any:
+    def changed(self: Any, layer: Any, product: str, modules: Any, peaks: Any, one_sign: bool) -> None:
+        method(self, layer, product, modules, peaks, False)
+
+    return changed
+
+
+def test_which_channels_are_large() -> None:
+    """The largest of a group, two that are so together, none where others are as large; at most four."""
+    peaks = torch.ones(384)
+    peaks[[3, 7, 130]] = torch.tensor([50.0, 40.0, 45.0])
+    assert large_channels(peaks, 128).tolist() == [3, 7, 130]
+    assert large_channels(torch.linspace(1, 1.5, 384), 128).tolist() == []
+    assert large_channels(peaks.repeat(2), 128).tolist() == [130, 387, 391, 514]  # of six, the best four
+    assert len(large_channels(torch.arange(8).exp2() ** 2, 16)) == 4
+
+
+def test_large_channels_alone_and_in_a_batch(kernels: str) -> None:
+    """The same bits, whatever the rows of a register tile and of a thread's share."""
+    module, _ = encoder_with_large_channels()
+    ids = sequences((1, 5, 6, 31, 64, 17, 60, 53), seed=3)
+    together = packed_states(module, ids)
+    assert together is not None, obstacle(module)
+    for row, found in zip(ids, split(together, ids), strict=True):
+        alone = packed_states(module, [row])
+        assert alone is not None
+        assert np.array_equal(alone.numpy(), found), (kernels, len(row))
+
+
+def test_modified_weights_are_used(kernels: str) -> None:
+    """Also those that were copied for the large channels: with 8 bits, negated codes are negated weights."""
+    (module, _), (fresh, _) = encoder_with_large_channels(), encoder_with_large_channels()
+    ids = sequences(LENGTHS)
+    before = packed_states(module, ids)
+    for model in (module, fresh):
+        for part in model.modules():
+            if isinstance(part, QuantizedMatrix):
+                part.codes.copy_(256 - part.codes.int())  # none is 0
+    after, wanted = packed_states(module, ids), packed_states(fresh, ids)
+    assert before is not None and after is not None and wanted is not None, (kernels, obstacle(module))
+    assert not torch.equal(before, after)
+    assert torch.equal(after, wanted)
 
 
 # Heads with a multiple of 32 channels, for which the pass by AMX tiles is written.

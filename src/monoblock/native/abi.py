@@ -54,6 +54,12 @@ class Matrix(Structure):
     )
 
 
+class InputRounding(Structure):
+    """`InputRounding` of prepare_inputs.hpp: how a product's inputs are rounded to 8 bits."""
+
+    _fields_ = _fields((c_void_p, "channels columns scale low"), (c_int64, "count"))
+
+
 class ReadPlan(Structure):
     """`ReadPlan` of read_plan.hpp: how products read their weights."""
 
@@ -137,6 +143,7 @@ class LayerWeights(Structure):
         (Matrix, "qkv out up down"),
         (Adapters, "qkv_adapters out_adapters up_adapters down_adapters"),
         (NormWeights, "norm1 norm2 q_norm k_norm"),
+        (InputRounding, "qkv_inputs out_inputs up_inputs down_inputs"),
         (c_int64, "window"),
     )
 
@@ -181,7 +188,7 @@ class PackedForward(Structure):
     """`PackedForward` of packed_forward.hpp, the argument of `mb_forward`."""
 
     _fields_ = _fields(
-        (c_void_p, "ids type_ids positions starts relative out scratch"),
+        (c_void_p, "ids type_ids positions starts relative out peaks scratch"),
         (c_int64, "scratch_bytes sequences relative_stride relative_center"),
         (c_int32, "causal threads"),
     )
@@ -208,7 +215,7 @@ class LayoutEntry(Structure):
 
 # Every structure that Python and the library share.
 STRUCTURES: tuple[type[Structure], ...] = (
-    *(Matrix, ReadPlan, AttentionCall, NormCall, RopeCall, ActivationCall),
+    *(Matrix, InputRounding, ReadPlan, AttentionCall, NormCall, RopeCall, ActivationCall),
     *(
         NormWeights,
         LowRank,

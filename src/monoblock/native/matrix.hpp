@@ -140,6 +140,7 @@ inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int
 #include "amx.hpp"
 #include "linear.hpp"
 
+using matrices::InputRounding;
 using matrices::Matrix;
 using matrices::Prepared;
 using matrices::ReadPlan;

@@ -35,6 +35,7 @@ struct LayerWeights {
   Matrix qkv, out, up, down;  // qkv: [q|k|v] (but see qkv_by_head); up: [gate|up] where gated
   Adapters qkv_adapters, out_adapters, up_adapters, down_adapters;
   NormWeights norm1, norm2, q_norm, k_norm;
+  InputRounding qkv_inputs, out_inputs, up_inputs, down_inputs;  // for packed_forward.hpp
   int64_t window;  // keys that a query attends to; 0: all
 };
 

@@ -28,6 +28,8 @@ struct PackedForward {
   const int64_t* starts;                      // (sequences + 1,): the first token of each sequence, and the end
   const float* relative;                      // biases by distance, as in AttentionCall, or null
   float* out;                                 // (tokens, width): after the final norm
+  float* peaks;  // (layers, 4, the most inputs), or null: the largest magnitude of each channel of the inputs of qkv, out, up
+                 // and down over all tokens, to which they are raised
   void* scratch;
   int64_t scratch_bytes, sequences, relative_stride, relative_center;
   int32_t causal, threads;
@@ -139,9 +141,10 @@ class PackedRun {
     for (int64_t i = 0; i < m.layers; ++i) {
       const LayerWeights& layer = m.blocks[i];
       if (m.pre_norm)
-        in = norm_rows(layer.norm1, h, &layer.qkv, count, mine);
+        in = norm_rows(layer.norm1, h, &layer.qkv, layer.qkv_inputs, count, mine);
       else if (!i)
-        in = prepare_rows(layer.qkv, x, m.width, count, mine);
+        in = prepare_rows(layer.qkv, layer.qkv_inputs, x, m.width, count, mine);
+      raise_peaks(i, 0, m.width, in, mine);
       const bool unfinished = m.rotary_dim || m.clip != 0 || layer.q_norm.kind || layer.k_norm.kind;
       if (unfinished || !by_pairs())
         product(layer.qkv, in, mine, qkv, layout.size, copy);
@@ -159,11 +162,19 @@ class PackedRun {
         attend<prompt::Tiles>((const uint16_t*)rounded, layer, first, last, mine);
       else
         attend<prompt::Plain>((const float*)qkv, layer, first, last, mine);
-      add(layer.out, prepare_rows(layer.out, attended, inner_width, count, mine), mine);
-      in = m.pre_norm ? norm_rows(layer.norm2, h, &layer.up, count, mine) : norm_rows(layer.norm1, x, &layer.up, count, mine);
+      in = prepare_rows(layer.out, layer.out_inputs, attended, inner_width, count, mine);
+      raise_peaks(i, 1, inner_width, in, mine);
+      add(layer.out, in, mine);
+      in = m.pre_norm ? norm_rows(layer.norm2, h, &layer.up, layer.up_inputs, count, mine)
+                      : norm_rows(layer.norm1, x, &layer.up, layer.up_inputs, count, mine);
+      raise_peaks(i, 2, m.width, in, mine);
       up(layer.up, in, count, mine);
-      add(layer.down, prepare_rows(layer.down, inner, wide, count, mine), mine);
-      if (!m.pre_norm) in = norm_rows(layer.norm2, x, i + 1 < m.layers ? &m.blocks[i + 1].qkv : nullptr, count, mine);
+      in = prepare_rows(layer.down, layer.down_inputs, inner, wide, count, mine);
+      raise_peaks(i, 3, m.mlp_width, in, mine);
+      add(layer.down, in, mine);
+      if (m.pre_norm) continue;
+      const LayerWeights* next = i + 1 < m.layers ? &m.blocks[i + 1] : nullptr;
+      in = norm_rows(layer.norm2, x, next ? &next->qkv : nullptr, next ? next->qkv_inputs : InputRounding{}, count, mine);
     }
     each_token(mine, count, [&](int64_t t) {
       normed(m.final_norm, m.bf16, x + t * m.width, m.width, c.out + (start + t) * m.width);
@@ -171,16 +182,16 @@ class PackedRun {
   }
 
   // Rows of inputs of a product with w, in the form that it reads.
-  PanelInputs prepare_rows(const Matrix& w, const float* from, int64_t ldx, int64_t count, Own& mine) {
-    PanelInputs rows = {from, ldx, count};
+  PanelInputs prepare_rows(const Matrix& w, const InputRounding& how, const float* from, int64_t ldx, int64_t count, Own& mine) {
+    PanelInputs rows = {from, ldx, count, how};
     rows.place(inputs, w);
     if (PanelInputs::needed(w)) each_token(mine, count, [&](int64_t t) { rows.prepare_row(w, t); });
     return rows;
   }
 
   // The same of normalised rows of x, which are written to `to`; `next`: null if no product reads them.
-  PanelInputs norm_rows(const NormWeights& norm, float* to, const Matrix* next, int64_t count, Own& mine) {
-    PanelInputs rows = {to, m.width, count};
+  PanelInputs norm_rows(const NormWeights& norm, float* to, const Matrix* next, const InputRounding& how, int64_t count, Own& mine) {
+    PanelInputs rows = {to, m.width, count, how};
     if (next) rows.place(inputs, *next);
     const bool needed = next && PanelInputs::needed(*next);
     each_token(mine, count, [&](int64_t t) {
@@ -188,6 +199,14 @@ class PackedRun {
       if (needed) rows.prepare_row(*next, t);
     });
     return rows;
+  }
+
+  // Raises c.peaks of product `which` of a layer to the rows of its inputs, in the first thread; all have prepared them.
+  void raise_peaks(int64_t layer, int64_t which, int64_t width, const PanelInputs& in, const Own& mine) const {
+    if (!c.peaks || mine.thread) return;
+    float* peak = c.peaks + (layer * 4 + which) * most_inputs(m);
+    for (int64_t r = 0; r < in.rows; ++r)
+      for (int64_t i = 0; i < width; ++i) peak[i] = std::max(peak[i], fabsf(in.x[r * in.ldx + i]));
   }
 
   static void copy(const float* sums, int64_t n, float* to) { memcpy(to, sums, n * sizeof(float)); }

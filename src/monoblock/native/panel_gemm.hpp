@@ -47,6 +47,8 @@ inline bool reads_bf16(const Matrix& m) {
 struct PanelInputs {
   const float* x;
   int64_t ldx, rows;
+  InputRounding how = {};    // for reads_int8
+  float* channels = nullptr;  // (rows, MOST_CHANNELS): the inputs of the channels that are not rounded
   Prepared codes = {};       // for reads_int8; for reads_int16 only its scales and sums
   int16_t* words = nullptr;  // (rows, padded), for reads_int16
   uint16_t* bf16 = nullptr;  // (rows, inputs), for reads_bf16
@@ -67,6 +69,7 @@ struct PanelInputs {
     codes.q_sum = (float*)at, at += rows * codes.blocks * 4;
     codes.q_total = (int32_t*)at, at += rows * codes.blocks * 4;
     codes.q = (int8_t*)at, words = (int16_t*)at;
+    channels = (float*)(at + rows * codes.padded);  // codes take half of what words would
   }
 
   // Whether `prepare_row` must be called for each row.
@@ -74,7 +77,10 @@ struct PanelInputs {
 
   // Converts one row to the form that the product reads.
   void prepare_row(const Matrix& m, int64_t row) {
-    if (reads_int8(m)) quantise_row(x + row * ldx, row, m, codes);
+    if (reads_int8(m)) {
+      quantise_row(x + row * ldx, row, m, codes, how);
+      for (int64_t c = 0; c < how.count; ++c) channels[row * MOST_CHANNELS + c] = x[row * ldx + how.channels[c]];
+    }
     if (reads_int16(m)) round_row(m, row);
     if (reads_bf16(m)) round_to_bf16(x + row * ldx, m.inputs, bf16 + row * m.inputs, m.inputs);
   }
@@ -275,6 +281,20 @@ inline void multiply_words(const Matrix& m, const PanelInputs& in, int64_t row, 
 }
 #endif
 
+// sums (count, PANEL_OUTPUTS) += the inputs of the channels that are not rounded times their weights, in float32.
+inline void add_channels(const Matrix& m, const PanelInputs& in, int64_t first, int64_t row, int64_t count, float* sums) {
+  const float* columns = in.how.columns + first;
+  const int64_t stride = round_up(m.outputs, PANEL_OUTPUTS);
+  for (int64_t r = 0; r < count; ++r, sums += PANEL_OUTPUTS) {
+    const float* x = in.channels + (row + r) * MOST_CHANNELS;
+    for (int64_t o = 0; o < PANEL_OUTPUTS; o += LANES) {
+      Floats sum = load<Floats>(sums + o);
+      for (int64_t c = 0; c < in.how.count; ++c) sum = fused(all(x[c]), load<Floats>(columns + c * stride + o), sum);
+      store(sums + o, sum);
+    }
+  }
+}
+
 // scratch.sums = the outputs [first, first + PANEL_OUTPUTS) of `count` (at most PANEL_ROWS) rows of inputs from `row` on,
 // with the bias. Columns beyond the last output are undefined.
 inline void panel_sums(const Matrix& m, const PanelInputs& in, int64_t first, int64_t row, int64_t count,
@@ -285,7 +305,11 @@ inline void panel_sums(const Matrix& m, const PanelInputs& in, int64_t first, in
     Prepared own = in.codes;
     own.q += row * own.padded, own.q_scale += row * own.blocks, own.q_sum += row * own.blocks;
     own.q_total += row * own.blocks;
-    return int8_panel(m, PackedPanel(scratch.other, m), first, own, count, scratch.sums - first, F32, PANEL_OUTPUTS);
+    Matrix read = m;
+    if (in.how.low) read.scale = in.how.scale, read.low = in.how.low, read.scale_format = FLOAT;
+    int8_panel(read, PackedPanel(scratch.other, m), first, own, count, scratch.sums - first, F32, PANEL_OUTPUTS);
+    if (in.how.count) add_channels(m, in, first, row, count, scratch.sums);
+    return;
   }
 #endif
 #if defined(MB_BF16_DOT)

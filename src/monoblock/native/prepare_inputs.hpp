@@ -70,19 +70,66 @@ INLINE void quantise(const float* x, int group, Code* q, float* scale, float* to
   *total = exact * *scale;
 }
 
-inline void quantise_row(const float* x, int64_t row, const Matrix& m, Prepared& p) {
+// How a product's inputs are rounded to 8 bits; all null: by the largest magnitude of each group.
+//
+// A few channels of a transformer's activations are many times as large as the others, in every token, and would make the steps of
+// their groups coarse. These `channels` are left out of the rounding and multiplied in float32, as LLM.int8() does
+// (arXiv:2208.07339). With `scale` and `low`, groups are rounded about the middle of their range, x = q * step + middle, where
+// activations have values of mostly one sign; `low` is then what the product adds for each `middle`.
+struct InputRounding {
+  const int32_t* channels;  // (count,), ascending
+  const float* columns;     // (count, outputs rounded up to 64): their weights
+  const float *scale, *low;  // (outputs, groups), in place of the matrix's: low is the sum of the group's weights, less 128 * scale
+  int64_t count;             // at most MOST_CHANNELS
+};
+
+constexpr int64_t MOST_CHANNELS = 16;
+
+// One group about the middle of its range, which becomes `middle`; otherwise as `quantise`.
+INLINE void quantise_centred(const float* x, int group, int8_t* q, float* scale, float* middle, int32_t* integers) {
+  Floats top = load<Floats>(x), bottom = -top, nonfinite = {};
+  for (int k = 0; k < group; k += LANES) {
+    const Floats v = load<Floats>(x + k);
+    top = largest(v, top), bottom = largest(-v, bottom);
+    nonfinite += v * 0.0f;
+  }
+  const float high = largest(top) * 0.5f, low = largest(bottom) * 0.5f, nan = sum(nonfinite);
+  const float half = high + low, mid = high - low, inverse = half > MIN_MAGNITUDE ? 127 / half : 0;
+  if (nan != nan) {
+    memset(q, 0, group);
+    *scale = *middle = nan, *integers = 0;
+    return;
+  }
+  Ints q_sum = {};
+  for (int k = 0; k < group; k += LANES) {
+    // A range that is small beside its middle is not exact: the limits keep its codes in 8 bits.
+    const Floats steps = (load<Floats>(x + k) - mid) * inverse;
+    const Ints n = nearest(largest(-largest(-steps, all(-127.0f)), all(-127.0f)));
+    store_narrow(q + k, n);
+    q_sum += n;
+  }
+  *scale = half / 127, *middle = mid, *integers = int32_t(sum(__builtin_convertvector(q_sum, Floats)));
+}
+
+// One row; with `how` as that says.
+inline void quantise_row(const float* x, int64_t row, const Matrix& m, Prepared& p, const InputRounding& how = {}) {
   float rest[RUN], *scale = p.q_scale + row * p.blocks, *total = p.q_sum + row * p.blocks;
   int32_t* integers = p.q_total + row * p.blocks;
   memset(scale, 0, p.blocks * 4);
   memset(total, 0, p.blocks * 4);
   memset(integers, 0, p.blocks * 4);
-  for (int64_t g = 0, k = 0; k < p.padded; ++g, k += m.group) {
+  for (int64_t g = 0, k = 0, c = 0; k < p.padded; ++g, k += m.group) {
     const float* from = x + k;
-    if (k + m.group > m.inputs) {
-      pad(from, m.inputs > k ? m.inputs - k : 0, rest, m.group);
+    const int64_t inside = m.inputs - k < 0 ? 0 : m.inputs - k < m.group ? m.inputs - k : m.group;
+    const bool without = c < how.count && how.channels[c] < k + m.group;
+    if (inside < m.group || without) {
+      pad(from, inside, rest, m.group);
+      for (; c < how.count && how.channels[c] < k + m.group; ++c) rest[how.channels[c] - k] = 0;
       from = rest;
     }
-    quantise(from, m.group, p.q + row * p.padded + k, scale + g, total + g, integers + g);
+    int8_t* q = p.q + row * p.padded + k;
+    how.low ? quantise_centred(from, m.group, q, scale + g, total + g, integers + g)
+            : quantise(from, m.group, q, scale + g, total + g, integers + g);
   }
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from monoblock import native
 from monoblock.backends.pytorch.base import ModelBase
+from monoblock.backends.pytorch.input_rounding import PRODUCTS, Roundings
 from monoblock.backends.pytorch.kernels import dispatch, low_rank
 from monoblock.backends.pytorch.kernels.linear import FORMATS, QUANTIZED, native_matrix
 from monoblock.backends.pytorch.layers import Conv1D
@@ -41,6 +42,7 @@ class NativeWeights:
         head: Any = model.get_output_embeddings()
         self.vocab = 0 if head is None else int(low_rank.base(head).out_features)
         self._blocks = (LayerWeights * spec.layers)(*(_layer(model, i) for i in range(spec.layers)))
+        self._roundings = Roundings()
         self._arrays = _constants(spec)
         numbers = _numbers(spec) | {
             "qk_norm_by_head": spec.attention.qk_norm is not None and spec.attention.qk_norm.span == "head",
@@ -68,11 +70,28 @@ class NativeWeights:
         ]
         return {self.struct.embed.format, self.struct.head.format, *layers}
 
+    def round_inputs(self, model: ModelBase, peaks: Tensor) -> None:
+        """Set how inputs are rounded to 8 bits, by the largest magnitudes of the channels of the inputs of qkv, out,
+        up and down: (layers, 4, at least the inputs)."""
+        for i, (layer, own) in enumerate(zip(self._blocks, peaks, strict=True)):
+            for name, members, peak in zip(PRODUCTS, _matrices(model, i), own, strict=True):
+                one_sign = name == "down" and not model.spec.mlp.gated
+                inputs = getattr(layer, name).inputs
+                self._roundings.set(layer, name, [low_rank.base(m) for m in members], peak[:inputs], one_sign)
+
+
+def _matrices(model: ModelBase, i: int) -> tuple[list[Any], ...]:
+    """The modules of the products of a layer: qkv, out, up and down."""
+    return (
+        _members(model, i, ("q", "k", "v"), ("qkv", "qkv_by_head")),
+        [model.at("out", i)],
+        _members(model, i, ("gate", "up"), ("up",)),
+        [model.at("down", i)],
+    )
+
 
 def _layer(model: ModelBase, i: int) -> LayerWeights:
-    qkv = _members(model, i, ("q", "k", "v"), ("qkv", "qkv_by_head"))
-    out, down = [model.at("out", i)], [model.at("down", i)]
-    up = _members(model, i, ("gate", "up"), ("up",))
+    qkv, out, up, down = _matrices(model, i)
     return LayerWeights(
         qkv=_joint(qkv),
         out=_joint(out),
@@ -339,11 +358,22 @@ def _adaptable(model: ModelBase) -> Iterator[str]:
 _MADE: WeakKeyDictionary[nn.Module, tuple[list[Any], NativeWeights]] = WeakKeyDictionary()
 
 
-def weights(model: ModelBase, inventory: Inventory, tensors: Sequence[Tensor]) -> NativeWeights:
-    """A model's structures, rebuilt if one of the `tensors` has moved."""
+def weights(
+    model: ModelBase,
+    inventory: Inventory,
+    tensors: Sequence[Tensor],
+    finish: Callable[[NativeWeights], None] | None = None,
+) -> NativeWeights:
+    """A model's structures, rebuilt if one of the `tensors` has moved. `finish` completes new ones with values that are
+    computed from the tensors: then they are also rebuilt if one was modified."""
     addresses: list[Any] = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
+    if finish is not None:
+        addresses += [0 if tensor.is_inference() else tensor._version for tensor in tensors]
     addresses += [(term.a.data_ptr(), term.scale) for _, m in inventory.modules for term in low_rank.terms(m)]
     made = _MADE.get(model)
     if made is None or made[0] != addresses:
-        made = _MADE[model] = (addresses, NativeWeights(model))
+        held = NativeWeights(model)
+        if finish is not None:
+            finish(held)
+        made = _MADE[model] = (addresses, held)
     return made[1]

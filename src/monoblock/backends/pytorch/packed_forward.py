@@ -6,6 +6,7 @@ depend on the others, to the bit. Weights may be float32, bfloat16 or quantised;
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from monoblock import native
+from monoblock.backends.pytorch import input_rounding
 from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.kernels import dispatch, low_rank, native_ops
 from monoblock.backends.pytorch.native_weights import (
     Inventory,
+    NativeWeights,
     common_dtype,
     library_obstacle,
     weights,
@@ -78,30 +81,67 @@ def packed_states(
     if not flat.size:
         return out
     tensors = [tensor.detach() for _, _, tensor in inventory.tensors()]
-    longest = int(lengths.max())
-    relative = _relative_bias(model, longest)
+    finish = functools.partial(_round_inputs, model) if input_rounding.wanted(model) else None
+    held = weights(model, inventory, tensors, finish)
+    relative = _relative_bias(model, int(lengths.max()))
+    _run(spec, held, flat, flat_types, positions, starts, relative, out, threads=torch.get_num_threads())
+    return out
+
+
+def _run(
+    spec: ArchSpec,
+    held: NativeWeights,
+    flat: Ints,
+    types: Ints | None,
+    positions: Ints,
+    starts: Ints,
+    relative: Tensor | None,
+    out: Tensor,
+    threads: int,
+    peaks: Tensor | None = None,
+) -> None:
+    """Fill `out` (tokens, width) by the library; `peaks`: see `PackedForward` of packed_forward.hpp."""
     call = PackedForward(
         ids=flat.ctypes.data,
-        type_ids=None if flat_types is None else flat_types.ctypes.data,
+        type_ids=None if types is None else types.ctypes.data,
         positions=positions.ctypes.data,
         starts=starts.ctypes.data,
         out=out.data_ptr(),
-        sequences=len(ids),
+        peaks=None if peaks is None else peaks.data_ptr(),
+        sequences=len(starts) - 1,
         causal=spec.causal,
-        threads=torch.get_num_threads(),
+        threads=threads,
     )
     if relative is not None:
         call.relative, call.relative_stride = relative.data_ptr(), relative.shape[1]
-        call.relative_center = longest
-    run, struct = native.library().mb_forward, weights(model, inventory, tensors).struct
+        call.relative_center = int(np.diff(starts).max())
+    run: Any = native.library().mb_forward
     scratch = _scratch(0)
     call.scratch, call.scratch_bytes = scratch.data_ptr(), scratch.numel()
-    while (answer := run(struct, call)) > 0:
+    while (answer := run(held.struct, call)) > 0:
         scratch = _scratch(answer)
         call.scratch, call.scratch_bytes = scratch.data_ptr(), scratch.numel()
     if answer:
         raise ValueError("a token id or a position is outside of its table")
-    return out
+
+
+def _round_inputs(model: ModelBase, held: NativeWeights) -> None:
+    """Set how inputs are rounded, by the channels that are large for random tokens."""
+    spec = model.spec
+    learned = spec.position(Learned)
+    longest = input_rounding.LENGTH if learned is None else learned.size - learned.offset
+    rows = [row[:longest] for row in input_rounding.random_tokens(spec.vocab)]
+    starts = np.arange(len(rows) + 1) * len(rows[0])
+    flat = np.array(rows, np.int64).reshape(-1)
+    most = max(spec.width, spec.mlp.width, spec.attention.heads * spec.attention.head_dim)
+    peaks = torch.zeros(spec.layers, len(input_rounding.PRODUCTS), most)
+    out = torch.empty((flat.size, spec.width), dtype=torch.float32)
+    relative = _relative_bias(model, len(rows[0]))
+    # One thread: the peaks of all rows are its own.
+    _run(
+        spec, held, flat, None, _positions(spec, flat, starts), starts, relative, out, threads=1, peaks=peaks
+    )
+    held.round_inputs(model, peaks)
 
 
 def unpadded_states(model: ModelBase, ids_bs: Tensor, mask_bs: Tensor | None) -> Tensor | None:
