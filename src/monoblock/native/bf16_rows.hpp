@@ -11,7 +11,7 @@
 
 namespace matrices {
 
-constexpr int SIDE_ROWS = 12;             // rows of inputs whose sums fit the registers beside 16 vectors of weights
+constexpr int SIDE_ROWS = 12;  // rows of inputs whose sums fit the registers beside 16 vectors of weights
 constexpr int64_t MANY_BF16_ROWS = 33;    // rows of inputs from which on panels are packed
 constexpr int64_t ALONE_DISTANCE = 256;   // bytes: the prefetch for few rows of inputs
 
@@ -33,8 +33,10 @@ INLINE void load_pairs(const uint16_t* w, int64_t ldw, int64_t left, Words (&pai
 template <int T>
 INLINE void multiply_pairs(const Words (&pairs)[SIDE], const uint16_t* x, int64_t ldx, Floats (&sums)[T]) {
   UNROLL for (int p = 0; p < SIDE; ++p)
-    UNROLL for (int t = 0; t < T; ++t)
-      sums[t] = (Floats)_mm512_dpbf16_ps((__m512)sums[t], (__m512bh)pairs[p], (__m512bh)(Words{} + load<uint32_t>(x + t * ldx + 2 * p)));
+    UNROLL for (int t = 0; t < T; ++t) {
+      const __m512bh same = (__m512bh)(Words{} + load<uint32_t>(x + t * ldx + 2 * p));
+      sums[t] = (Floats)_mm512_dpbf16_ps((__m512)sums[t], (__m512bh)pairs[p], same);
+    }
 }
 
 // y (T, S * SIDE) = T rows of inputs times S * SIDE rows of weights, with the bias. With one row of inputs S chains of sums
