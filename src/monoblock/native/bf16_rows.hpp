@@ -11,9 +11,9 @@
 
 namespace matrices {
 
-constexpr int SIDE_ROWS = 12;  // rows of inputs whose sums fit the registers beside 16 vectors of weights
-constexpr int64_t MANY_BF16_ROWS = 33;    // rows of inputs from which on panels are packed
-constexpr int64_t ALONE_DISTANCE = 256;   // bytes: the prefetch for few rows of inputs
+constexpr int SIDE_ROWS = 12;            // rows of inputs whose sums fit the registers beside 16 vectors of weights
+constexpr int64_t MANY_BF16_ROWS = 33;   // rows of inputs from which on panels are packed
+constexpr int64_t ALONE_DISTANCE = 256;  // bytes: the prefetch for few rows of inputs
 
 // The next 32 (or `left`) weights of SIDE rows: pairs[p] holds pair p of each row.
 template <bool PREFETCH>
