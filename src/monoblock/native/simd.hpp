@@ -208,12 +208,14 @@ INLINE void transpose(Vector (&v)[LANES]) {
 }
 #endif
 
-// a * b + c with one rounding. Compilers choose whether to fuse such expressions, and may do so differently in each
-// instantiation of a template.
+// a * b + c, on x86 with one rounding where there are such instructions. Compilers choose whether to fuse such expressions,
+// and may do so differently in each instantiation of a template.
 #if defined(__AVX512F__)
 INLINE Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #elif defined(__AVX2__)
 INLINE Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+INLINE Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
 #endif
 
 INLINE Floats largest(Floats a, Floats b) { return a > b ? a : b; }
