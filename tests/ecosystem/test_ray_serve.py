@@ -87,6 +87,23 @@ def test_no_request_is_lost_when_a_replica_is_killed(tmp_path: Path) -> None:
         server.end()
 
 
+def test_turns_of_a_chat_stay_on_the_replica_that_has_them(tmp_path: Path) -> None:
+    """Six conversations on two replicas: at random a second turn would miss the prefix cache every other time."""
+    server = RunningServer(tmp_path / "log", *RAY)
+    try:
+        for i in range(6):
+            messages = [{"role": "user", "content": f"{i}: " + "def f(x): return x + 1; " * 12}]
+            for turn in range(3):
+                body = {"messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+                answer = server.http.post("/v1/chat/completions", json=body).json()
+                cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+                assert (cached > 0) == (turn > 0), (i, turn, answer["usage"])
+                messages.append(answer["choices"][0]["message"])
+                messages.append({"role": "user", "content": "And then?"})
+    finally:
+        server.end()
+
+
 def test_the_application_of_serve_run() -> None:
     from monoblock.cluster.serve import build_app
 
@@ -101,6 +118,7 @@ def test_the_application_of_serve_run() -> None:
     assert sources == (["a", "b"], [], []) and threads == 3
     assert settings.engine.cache_memory == 100_000_000
     assert deployment.ray_actor_options == {"num_cpus": 3, "num_gpus": 0.0}
+    assert deployment._deployment_config.request_router_config.request_router_kwargs == {"bound": 32}
     scale = deployment._deployment_config.autoscaling_config
     assert (scale.min_replicas, scale.max_replicas, scale.target_ongoing_requests) == (2, 4, 32)
     with pytest.raises(ValueError, match="takes no argument 'model'; it takes: models, "):

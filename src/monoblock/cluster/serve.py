@@ -3,7 +3,8 @@
     serve run monoblock.cluster.serve:build_app models=my-model replicas=2
 
 Ray Serve restarts replicas that die or are not healthy, and adds and removes them with the load. A replica is the
-application of `monoblock serve`; the front (`front.py`) gives the requests of one that dies to another one.
+application of `monoblock serve`; the router (`router.py`) keeps conversations on one replica, and the front
+(`front.py`) gives the requests of one that dies to another one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ray.exceptions import (  # pyright: ignore[reportMissingImports]
     RayActorError,
     WorkerCrashedError,
 )
+from ray.serve.config import RequestRouterConfig  # pyright: ignore[reportMissingImports]
 from ray.serve.exceptions import (  # pyright: ignore[reportMissingImports]
     BackPressureError,
     DeploymentUnavailableError,
@@ -31,6 +33,7 @@ from ray.serve.exceptions import (  # pyright: ignore[reportMissingImports]
 
 from monoblock.cluster.actors import available_threads, prepare
 from monoblock.cluster.front import Front, Replicas
+from monoblock.cluster.router import PrefixRouter
 from monoblock.serving.engine.options import EngineOptions
 from monoblock.serving.server.registry import ModelEntry, entries_of
 from monoblock.serving.server.settings import Limits, ServerSettings
@@ -84,6 +87,10 @@ def application(settings: ServerSettings, sources: Sources, options: ReplicaOpti
         health_check_period_s=HEALTH,
         health_check_timeout_s=HEALTHY,
         graceful_shutdown_timeout_s=settings.drain_timeout,
+        request_router_config=RequestRouterConfig(
+            request_router_class=PrefixRouter,
+            request_router_kwargs={"bound": max(1, settings.engine.max_sequences // 2)},
+        ),
     )
     # All requests pass the front: it must not be what limits them.
     front = serve.deployment(serve.ingress()(Entrance)).options(

@@ -9,7 +9,6 @@ its first byte goes to another one.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import itertools
 import json
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from monoblock.cluster.affinity import preferred
 from monoblock.field_types import brief
 
 BLOCK = 64  # tokens of a block of the cache
@@ -442,9 +442,11 @@ class _Simulation:
                 self.turn += 1
                 return min(found, key=lambda engine: (engine.number - self.turn) % len(self.engines))
             case "prefix" if request.arrival.prefix:
-                # Highest random weight hashing (Thaler and Ravishankar, 1998), with a bounded load (arXiv:1608.01350).
-                own = max(found, key=lambda engine: _weight(request.arrival.prefix, engine.number))
-                return own if own.load <= least.load + self.cluster.max_sequences // 2 else least
+                bound = self.cluster.max_sequences // 2
+                own = preferred(
+                    request.arrival.prefix, found, lambda one: str(one.number), lambda one: one.load, bound
+                )
+                return least if own is None else own
             case _:
                 return least
 
@@ -517,10 +519,6 @@ class _Simulation:
         engine.alive = True
         self._live(engine, now)
         self._fill(now)
-
-
-def _weight(prefix: str, number: int) -> bytes:
-    return hashlib.sha256(f"{number} {prefix}".encode()).digest()
 
 
 def simulate(arrivals: Sequence[Arrival], cluster: SimulatedCluster, cost: StepCost) -> SimulationResult:
