@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, distributed, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from monoblock.backends.pytorch.kernels import dispatch
@@ -34,6 +34,9 @@ _RECIPES: Any = WeakIdKeyDictionary()  # by output
 def remember(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """The output, which is `function(*inputs)`. The inputs must be what its own backward pass keeps."""
     if output.requires_grad and output.is_cpu and dispatch.native(output, *inputs, gradient=True):
+        if distributed.is_available() and distributed.is_initialized():
+            # FSDP frees a norm's weights before the backward pass of a product in another of its groups.
+            inputs = tuple(x.detach().clone() if isinstance(x, nn.Parameter) else x for x in inputs)
         _RECIPES[output] = Recipe(function, inputs, output._version)
     return output
 
