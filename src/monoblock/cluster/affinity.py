@@ -26,19 +26,19 @@ def request_key(body: bytes) -> str | None:
     """
     try:
         fields = json.loads(body)
-    except (ValueError, RecursionError):
+        beginning = _beginning(fields) if isinstance(fields, dict) else None
+        text = None if beginning is None else json.dumps([fields.get("model"), beginning])
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply
         return None
-    if not isinstance(fields, dict):
-        return None
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def _beginning(fields: dict[str, Any]) -> Any:
+    """What the key is made of; None if there is none."""
     if messages := fields.get("messages"):
-        beginning = _first_turn(messages)
-    elif prompt := fields.get("prompt"):
-        beginning = prompt[:BEGINNING] if isinstance(prompt, str | list) else None
-    else:
-        beginning = None
-    if beginning is None:
-        return None
-    return hashlib.sha256(json.dumps([fields.get("model"), beginning]).encode()).hexdigest()
+        return _first_turn(messages)
+    prompt = fields.get("prompt")
+    return prompt[:BEGINNING] if prompt and isinstance(prompt, str | list) else None
 
 
 def _first_turn(messages: Any) -> list[Any] | None:
