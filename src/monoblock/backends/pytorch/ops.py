@@ -116,6 +116,14 @@ MASKED = -1e30
 BLOCK = 256  # queries per block of a mask that is reduced block by block
 
 
+def repeat_groups(x_bgkd: Tensor, heads: int) -> Tensor:
+    """Keys or values of `g` groups as those of `heads` heads, neighbours sharing one."""
+    groups = x_bgkd.shape[1]
+    if groups == heads:
+        return x_bgkd
+    return x_bgkd[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A layer's options for attention kernels: the scale of q·k, the softcap, the dropout rate."""

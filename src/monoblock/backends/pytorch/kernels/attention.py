@@ -20,7 +20,7 @@ from monoblock.backends.pytorch.kernels import (
     dispatch,
     native_ops,
 )
-from monoblock.backends.pytorch.ops import Kernel, Scope
+from monoblock.backends.pytorch.ops import Kernel, Scope, repeat_groups
 
 # Queries of a block of the blockwise kernel: their mask of QUERY_BLOCK x keys stays in the CPU's cache.
 QUERY_BLOCK = 256
@@ -215,14 +215,6 @@ def _weights(q_bhqd: Tensor, k_bhkd: Tensor, bias: Tensor, kernel: Kernel) -> Te
         scores = kernel.softcap * torch.tanh(scores / kernel.softcap)
     weights = (scores + bias).softmax(dim=-1)
     return F.dropout(weights, kernel.dropout) if kernel.dropout else weights
-
-
-def repeat_groups(x_bgkd: Tensor, heads: int) -> Tensor:
-    """Keys or values of `g` groups as those of `heads` heads, neighbours sharing one."""
-    groups = x_bgkd.shape[1]
-    if groups == heads:
-        return x_bgkd
-    return x_bgkd[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
 
 
 def mask_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monoblock.backends.pytorch.kernels import dispatch
-from monoblock.backends.pytorch.ops import Kernel, Scope
+from monoblock.backends.pytorch.ops import Kernel, Scope, repeat_groups
 
 QUERY_BLOCK = 128  # queries of a block
 
@@ -129,9 +129,7 @@ class _Attention(torch.autograd.Function):
 
 def _wide(x_bgkd: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """Heads in the kernels' dtype, with channels of stride 1; those of a group are repeated."""
-    x, groups = x_bgkd.to(dtype), x_bgkd.shape[1]
-    if groups != heads:
-        x = x[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
+    x = repeat_groups(x_bgkd.to(dtype), heads)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
