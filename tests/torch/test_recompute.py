@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import model as mpt
 from measure import assert_close
+from packed_documents import NAMES
 from tiny_families import CLASSES, fields, monoblock_model
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -22,15 +23,6 @@ from monoblock.backends.pytorch.ops import ACT, Kernel, Scope
 from monoblock.backends.pytorch.training import losses
 
 torch.set_num_threads(1)
-
-NAMES = (
-    "MptForCausalLM",
-    "MistralForCausalLM",
-    "FuyuForCausalLM",
-    "OpenAIGPTLMHeadModel",
-    "GPTNeoForCausalLM",
-    "MPNetForMaskedLM",
-)
 
 
 def made(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
